@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'PRESETS', 'PROMPTS', 'PRESET_HELP', 'Recipe', 'Config', 'check', 'count_parameters', 'parse',
            'config_from_args', 'one_line_errors']
 
-# %% ../nbs/00_config.ipynb #a469a5bf
+# %% ../nbs/00_config.ipynb #8ef57847
 import contextlib
 import io
 import json
@@ -21,7 +21,7 @@ from .model.autoencoder import AutoencoderConfig
 from .model.clip import CLIPConfig, ImageEncoderConfig, TextEncoderConfig
 from .model.unet import UNetConfig
 
-# %% ../nbs/00_config.ipynb #7af5793c
+# %% ../nbs/00_config.ipynb #8b821d1d
 STAGES = ("autoencoder", "clip", "unet")  # in the order in which each needs the one before
 
 
@@ -33,7 +33,7 @@ class Recipe:
     lr: float  # learning rate of AdamW after the warm-up
     share: float  # part of a budget given in minutes
 
-# %% ../nbs/00_config.ipynb #e13f5eab
+# %% ../nbs/00_config.ipynb #658d1105
 @dataclass(frozen=True)
 class Config:
     "Everything a training run depends on"
@@ -76,7 +76,7 @@ class Config:
         "Return the config as plain data, as `config.json` in a run directory holds it"
         return json.loads(json.dumps(asdict(self), default=str))
 
-# %% ../nbs/00_config.ipynb #76704063
+# %% ../nbs/00_config.ipynb #f026f004
 def check(
     config: Config  # the config to look at
 ) -> Config:  # the same
@@ -93,7 +93,7 @@ def check(
     if config.size % factor: raise ValueError(f"--size {config.size} must be a multiple of {factor}")
     return config
 
-# %% ../nbs/00_config.ipynb #a3d3e8f8
+# %% ../nbs/00_config.ipynb #4d0222bc
 PRESETS = dict(
     tiny=Config(
         run=Path("runs/tiny"), size=64, warmup=100, ema=0.999, sample_every=500, save_every=250,
@@ -124,7 +124,7 @@ PRESETS = dict(
             unet=Recipe(steps=850_000, batch=2048, lr=1e-4, share=0.7))),
 )
 
-# %% ../nbs/00_config.ipynb #203d72da
+# %% ../nbs/00_config.ipynb #0527064f
 def count_parameters(
     config: Config  # the run
 ) -> dict[str, int]:  # parameters of each network
@@ -137,11 +137,11 @@ def count_parameters(
         networks = dict(autoencoder=Autoencoder(config.autoencoder), clip=CLIP(config.clip), unet=UNet(config.unet))
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-# %% ../nbs/00_config.ipynb #f77d7dbe
+# %% ../nbs/00_config.ipynb #e3664870
 PROMPTS = tuple(f"{thing}, {style} style" for style in ("flat", "noto") for thing in (
     "red apple", "grinning face", "blue heart", "cat face", "pizza", "rocket", "evergreen tree", "soccer ball"))
 
-# %% ../nbs/00_config.ipynb #2f134a26
+# %% ../nbs/00_config.ipynb #2013698b
 def parse(
     kind,  # the dataclass or function to fill from flags
     args: list[str],  # the words after the command
@@ -155,10 +155,10 @@ def parse(
     except SystemExit as stop:
         if not stop.code: raise
     inside = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()[1:]]
-    message = inside[: next((i for i, line in enumerate(inside) if not line.strip("─")), None)]
-    raise ValueError(f"{' '.join(message)} (see {prog} --help)") from None
+    paragraphs = " ".join(line if line.strip("─-") else "\n" for line in inside).split("\n")  # a rule ends a paragraph
+    raise ValueError(f"{next(p.strip() for p in paragraphs if p.strip())} (see {prog} --help)") from None
 
-# %% ../nbs/00_config.ipynb #e4f8c1c4
+# %% ../nbs/00_config.ipynb #35664e3e
 def config_from_args(
     args: list[str],  # a preset's name, then flags
     prog: str  # the command as the user typed it
@@ -172,7 +172,7 @@ def config_from_args(
 
 PRESET_HELP = f"Train a model. PRESET is one of {', '.join(PRESETS)}; the defaults shown are those of tiny."
 
-# %% ../nbs/00_config.ipynb #b13a9b09
+# %% ../nbs/00_config.ipynb #e66165a4
 @contextlib.contextmanager
 def one_line_errors(
     prog: str  # name of the command, printed before the message

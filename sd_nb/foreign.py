@@ -9,7 +9,7 @@ __all__ = ['RESBLOCK_NAMES', 'ATTENTION_NAMES', 'LEVEL_NAMES', 'UNET_NAMES', 'AU
            'write_unet_config', 'read_unet_config', 'write_autoencoder_config', 'read_autoencoder_config',
            'write_text_config', 'read_text_config', 'Sampling', 'write_sampling_config', 'read_sampling']
 
-# %% ../nbs/50a_foreign.ipynb #75cb37de
+# %% ../nbs/50a_foreign.ipynb #cb8c94a7
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,15 @@ from .model.autoencoder import AutoencoderConfig
 from .model.clip import TextEncoderConfig
 from .model.unet import UNetConfig
 
-# %% ../nbs/50a_foreign.ipynb #edce4b4d
+# %% ../nbs/50a_foreign.ipynb #ad56f980
 def _translate(words, pairs):
     "Replace, from left to right, the longest known phrase by its translation; unknown words stay"
     out = []
     while words:
         for old, new in pairs:
-            if len(old) > len(words) or not all(o == w or o == "{}" and w.isdigit() for o, w in zip(old, words)): continue
-            numbers = iter([w for o, w in zip(old, words) if o == "{}"])
+            both = list(zip(old, words))
+            if len(both) < len(old) or any(o != w and not (o == "{}" and w.isdigit()) for o, w in both): continue
+            numbers = iter([w for o, w in both if o == "{}"])
             out += [next(numbers) if n == "{}" else n for n in new]
             words = words[len(old):]
             break
@@ -41,7 +42,7 @@ def rename(
     pairs = sorted(((a.split("."), b.split(".")) for a, b in pairs), key=lambda p: -len(p[0]))
     return {".".join(_translate(key.split("."), pairs)): value for key, value in state.items()}
 
-# %% ../nbs/50a_foreign.ipynb #85f0991f
+# %% ../nbs/50a_foreign.ipynb #c71020bc
 RESBLOCK_NAMES = {"time": "time_emb_proj", "skip": "conv_shortcut"}
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
 LEVEL_NAMES = {
@@ -67,7 +68,7 @@ UNET_NAMES = {
     "feed_forward.down":     "ff.net.2",
 }
 
-# %% ../nbs/50a_foreign.ipynb #8f3502ce
+# %% ../nbs/50a_foreign.ipynb #0e3dedcf
 AUTOENCODER_NAMES = {
     **LEVEL_NAMES, **RESBLOCK_NAMES, **ATTENTION_NAMES,
     "middle.attention.norm":      "mid_block.attentions.0.group_norm",
@@ -90,12 +91,12 @@ TEXT_NAMES = {
     "norm_out":           "text_model.final_layer_norm",
 }
 
-# %% ../nbs/50a_foreign.ipynb #0ae00ba4
+# %% ../nbs/50a_foreign.ipynb #70796938
 OLD_AUTOENCODER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_TEXT_NAMES = {before + part: "text_model." + part for before in ("", "text_model.")
                   for part in ("embeddings", "encoder", "final_layer_norm")}
 
-# %% ../nbs/50a_foreign.ipynb #bb3f5419
+# %% ../nbs/50a_foreign.ipynb #51133883
 def _settle(config, defaults, neutral, ignored=None):
     "Complete a foreign config with its library's defaults; refuse any setting that would make another network"
     for key, value in config.items():
@@ -104,18 +105,20 @@ def _settle(config, defaults, neutral, ignored=None):
         if not fits: raise ValueError(f"{key} = {value!r} is not supported")
     return defaults | config
 
-def _one(value, name):
+# %% ../nbs/50a_foreign.ipynb #cc5b40c8
+def _one(config, key):
     "The value of a setting that may be written once or once per level"
+    value = config[key]
     if not isinstance(value, list): return value
-    if len(set(value)) != 1: raise ValueError(f"{name} {value} differs by level, which is not supported")
+    if len(set(value)) != 1: raise ValueError(f"{key} {value} differs by level, which is not supported")
     return value[0]
 
 def _mults(widths):
     "Channels per level as multiples of the first"
-    if any(w % widths[0] for w in widths): raise ValueError(f"block_out_channels {widths} are not multiples of the first")
+    if any(w % widths[0] for w in widths): raise ValueError(f"block_out_channels {widths}: not multiples of the first")
     return tuple(w // widths[0] for w in widths)
 
-# %% ../nbs/50a_foreign.ipynb #47ee24d5
+# %% ../nbs/50a_foreign.ipynb #2235e2d8
 LAYOUT = "0.35.0"  # release of diffusers whose layout we write; below 0.9, readers would overrule the picture size
 
 UNET_DEFAULTS = dict(
@@ -130,7 +133,7 @@ UNET_NEUTRAL = dict(
     attention_type="default")
 UNET_IGNORED = {"sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads"}
 
-# %% ../nbs/50a_foreign.ipynb #53828605
+# %% ../nbs/50a_foreign.ipynb #a5266133
 def _blocks(attn):
     "Names of their blocks, down and up, for levels with and without attention"
     return (["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attn],
@@ -150,14 +153,16 @@ def write_unet_config(
         transformer_layers_per_block=c.depth, cross_attention_dim=c.d_context, use_linear_projection=c.linear_proj,
         norm_num_groups=c.groups)
 
-# %% ../nbs/50a_foreign.ipynb #65c39218
+# %% ../nbs/50a_foreign.ipynb #c69746d8
 def _heads(heads, widths):
     "Heads by number (SD 1.x) or by size (SD 2.x)"
-    if not isinstance(heads, list) or len(set(heads)) == 1: return dict(heads=_one(heads, "attention_head_dim"))
+    if not isinstance(heads, list): return dict(heads=heads)
+    if len(set(heads)) == 1: return dict(heads=heads[0])
     sizes = {w / h for w, h in zip(widths, heads, strict=True)}
     if len(sizes) > 1: raise ValueError(f"attention_head_dim {heads} is neither one number of heads nor one size")
     return dict(head_width=int(sizes.pop()))
 
+# %% ../nbs/50a_foreign.ipynb #dad4b4c2
 def read_unet_config(
     config: dict,  # theirs
 ) -> UNetConfig:   # ours
@@ -167,17 +172,18 @@ def read_unet_config(
     attn = tuple(o == "CrossAttnDownBlock2D" for o in down)
     if (down, up) != _blocks(attn): raise ValueError(f"blocks {down} and {up} are not supported")
     return UNetConfig(
-        d["in_channels"], d["out_channels"], widths[0], _mults(widths), attn, _one(d["layers_per_block"], "layers_per_block"),
-        depth=_one(d["transformer_layers_per_block"], "transformer_layers_per_block"),
-        d_context=_one(d["cross_attention_dim"], "cross_attention_dim"),
+        d["in_channels"], d["out_channels"], widths[0], _mults(widths), attn, _one(d, "layers_per_block"),
+        depth=_one(d, "transformer_layers_per_block"), d_context=_one(d, "cross_attention_dim"),
         linear_proj=d["use_linear_projection"], groups=d["norm_num_groups"], **_heads(d["attention_head_dim"], widths))
 
-# %% ../nbs/50a_foreign.ipynb #c5a07b3d
+# %% ../nbs/50a_foreign.ipynb #2b6feb57
 AUTOENCODER_DEFAULTS = dict(
-    _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[64], layers_per_block=1,
-    norm_num_groups=32, scaling_factor=0.18215, down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"])
+    _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[64],
+    layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215,
+    down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"])
 AUTOENCODER_NEUTRAL = dict(
-    _class_name="AutoencoderKL", act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
+    _class_name="AutoencoderKL", act_fn="silu", use_quant_conv=True, use_post_quant_conv=True,
+    mid_block_add_attention=True)
 
 def write_autoencoder_config(
     c: AutoencoderConfig,  # ours
@@ -186,24 +192,27 @@ def write_autoencoder_config(
     "Describe our autoencoder as an `AutoencoderKL`"
     n = len(c.mults)
     return AUTOENCODER_NEUTRAL | dict(
-        _diffusers_version=LAYOUT, sample_size=side, in_channels=c.c_in, out_channels=c.c_in, latent_channels=c.c_latent,
-        block_out_channels=c.widths, layers_per_block=c.blocks, norm_num_groups=c.groups, scaling_factor=c.scale,
+        _diffusers_version=LAYOUT, sample_size=side, in_channels=c.c_in, out_channels=c.c_in,
+        latent_channels=c.c_latent, block_out_channels=c.widths, layers_per_block=c.blocks,
+        norm_num_groups=c.groups, scaling_factor=c.scale,
         down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n)
 
+# %% ../nbs/50a_foreign.ipynb #833efe2f
 def read_autoencoder_config(
     config: dict,        # theirs
 ) -> AutoencoderConfig:  # ours
     "Understand an `AutoencoderKL`'s config, or refuse it"
     d = _settle(config, AUTOENCODER_DEFAULTS, AUTOENCODER_NEUTRAL, {"sample_size", "force_upcast"})
     widths, kinds = d["block_out_channels"], {*d["down_block_types"], *d["up_block_types"]}
-    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"}: raise ValueError(f"blocks {sorted(kinds)} are not supported")
-    if d["in_channels"] != d["out_channels"]: raise ValueError("in_channels and out_channels differ, which is not supported")
+    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"}: raise ValueError(f"blocks {sorted(kinds)} not supported")
+    if d["in_channels"] != d["out_channels"]: raise ValueError("in_channels and out_channels differ: not supported")
     return AutoencoderConfig(d["in_channels"], d["latent_channels"], widths[0], _mults(widths), d["layers_per_block"],
                              d["norm_num_groups"], d["scaling_factor"])
 
-# %% ../nbs/50a_foreign.ipynb #05e0dbba
-TEXT_DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-                     max_position_embeddings=77, hidden_act="quick_gelu")
+# %% ../nbs/50a_foreign.ipynb #1ab0ec18
+TEXT_DEFAULTS = dict(
+    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+    max_position_embeddings=77, hidden_act="quick_gelu")
 TEXT_NEUTRAL = dict(model_type="clip_text_model", layer_norm_eps=1e-5)
 
 def write_text_config(
@@ -212,20 +221,22 @@ def write_text_config(
     "Describe our text encoder as a `CLIPTextModel`"
     return TEXT_NEUTRAL | dict(
         architectures=["CLIPTextModel"], vocab_size=c.vocab, max_position_embeddings=c.window, hidden_size=c.width,
-        projection_dim=c.width, intermediate_size=c.mult * c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        hidden_act=c.act, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1, pad_token_id=c.vocab - 1)
+        projection_dim=c.width, intermediate_size=c.mult * c.width, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, hidden_act=c.act,
+        bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1, pad_token_id=c.vocab - 1)
 
+# %% ../nbs/50a_foreign.ipynb #cfcf3fb3
 def read_text_config(
     config: dict,        # theirs
 ) -> TextEncoderConfig:  # ours
     "Understand a `CLIPTextModel`'s config, or refuse it"
     d = _settle(config, TEXT_DEFAULTS, TEXT_NEUTRAL)
     mult, rest = divmod(d["intermediate_size"], d["hidden_size"])
-    if rest: raise ValueError(f"intermediate_size {d['intermediate_size']} is no multiple of hidden_size {d['hidden_size']}")
+    if rest: raise ValueError("intermediate_size is no multiple of hidden_size, which is not supported")
     return TextEncoderConfig(d["vocab_size"], d["max_position_embeddings"], d["hidden_size"], d["num_hidden_layers"],
                              d["num_attention_heads"], mult, d["hidden_act"])
 
-# %% ../nbs/50a_foreign.ipynb #d889b57e
+# %% ../nbs/50a_foreign.ipynb #396f1625
 @dataclass(frozen=True)
 class Sampling:
     "What a sampler must know about how the UNet was trained; the defaults are Stable Diffusion's noise"
@@ -240,6 +251,7 @@ class Sampling:
     set_alpha_to_one: bool = True     # does DDIM's last step end at abar = 1 (or at the first level's)?
     size: int = 512                   # side of the training pictures in pixels
 
+# %% ../nbs/50a_foreign.ipynb #5a16795f
 PREDICTIONS = dict(eps="epsilon", v="v_prediction", x0="sample")
 
 def write_sampling_config(
@@ -252,7 +264,7 @@ def write_sampling_config(
         prediction_type=PREDICTIONS[s.prediction], timestep_spacing=s.spacing, steps_offset=s.offset,
         set_alpha_to_one=s.set_alpha_to_one, clip_sample=False, thresholding=False)
 
-# %% ../nbs/50a_foreign.ipynb #b201c909
+# %% ../nbs/50a_foreign.ipynb #5f8f8cfe
 def read_sampling(
     config: dict,     # any diffusers scheduler's
     size: int = 512,  # side of the training pictures in pixels
@@ -261,8 +273,8 @@ def read_sampling(
     name = config.get("_class_name", "DDIMScheduler")
     leading = name in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
     d = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None,
-             rescale_betas_zero_snr=False, prediction_type="epsilon", timestep_spacing="leading" if leading else "linspace",
-             set_alpha_to_one=name != "PNDMScheduler", thresholding=False) | config
+             rescale_betas_zero_snr=False, prediction_type="epsilon", thresholding=False,
+             timestep_spacing="leading" if leading else "linspace", set_alpha_to_one=name != "PNDMScheduler") | config
     kinds = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     allowed = dict(trained_betas=[None], thresholding=[False], beta_schedule=["linear", "scaled_linear"],
                    prediction_type=list(kinds), timestep_spacing=["trailing", "leading", "linspace"])

@@ -82,6 +82,8 @@ def test_spatial_transformer_is_transformer2d(linear, depth):
     pairs = copy_in_order(ours, theirs)
     x, context = randn(2, 32, 4, 6).requires_grad_(), randn(2, 7, 20).requires_grad_()
     assert_same((ours(x, context), theirs(x, context).sample), pairs, [x, context])
+    faint = 1e-3 * x  # its variance is that of eps, so another eps would show
+    assert_close(ours(faint, context), theirs(faint, context).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_spatial_transformer_starts_as_the_identity():

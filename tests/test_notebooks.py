@@ -130,7 +130,7 @@ def test_notebook_has_the_shape(path):
     """Title and promise, the map with its own box, the module it is named after, Summary and Exercises."""
     markdown, code = cells(path, "markdown"), cells(path, "code")
     module = path.stem.split("_", 1)[1]
-    assert re.search(r"\A# \S.*\n\s*\n> \S", markdown[0]), "the first cell is a title and a promise"
+    assert re.fullmatch(r"# \S.*\n\s*> \S.*\s*", markdown[0]), "the first cell is a title and a promise of one line"
     for heading in ("## Summary", "## Exercises"):
         assert any(re.search(f"^{heading} *$", text, re.M) for text in markdown), f"no {heading}"
     if path.name.startswith(TUTORIALS): return

@@ -40,11 +40,13 @@ def test_time_embedding_is_diffusers():
 @pytest.mark.parametrize("c_out", [16, 32])
 def test_resblock_is_diffusers(c_out, d_time):
     """ResBlock equals diffusers' ResnetBlock2D on copied weights, with gradients."""
-    ours = randomise(ResBlock(16, c_out, d_time, groups=8, eps=1e-5))
+    ours = randomise(ResBlock(16, c_out, d_time, groups=8))
     theirs = ResnetBlock2D(in_channels=16, out_channels=c_out, temb_channels=d_time, groups=8, eps=1e-5)
     pairs = copy_in_order(ours, theirs)
     x, t = randn(2, 16, 6, 4).requires_grad_(), None if d_time is None else randn(2, d_time).requires_grad_()
     assert_same((ours(x, t), theirs(x, t)), pairs, [x] if t is None else [x, t])
+    faint = 3e-3 * x  # its variance is that of eps, so another eps would show
+    assert_close(ours(faint, t), theirs(faint, t), atol=1e-5, rtol=1e-5)
 
 
 def test_resblock_wants_time_exactly_when_it_was_made_for_it():

@@ -144,6 +144,13 @@ def test_map_and_notebooks_agree():
     assert boxes == parts
 
 
+def test_readme_shows_the_map_of_today():
+    """The picture in README has every box (`python tools/docs.py readme` redraws it)."""
+    written = set(re.findall(r"<!-- (.*?) -->", (NBS / "images" / "map.svg").read_text(encoding="utf-8")))
+    names = {name.split()[0]: name.split()[1] for name, *_ in viz._boxes()}
+    assert [n for n, module in names.items() if not {f"{n} {module}", f"{n} {module.split('.', 1)[-1]}"} & written] == []
+
+
 def test_boxes_do_not_overlap():
     """Boxes overlap only where one contains the other, and all lie on the sheet."""
     boxes = [box[2:] for box in viz._boxes()]

@@ -42,7 +42,7 @@ def notebooks(nbs=ROOT / "nbs"):
 def opening(path):
     "The title and the promise of a notebook, from its first cell"
     first = source(json.loads(path.read_text(encoding="utf-8"))["cells"][0])
-    return re.search(r"^# +(.+?) *$", first, re.M).group(1), " ".join(re.findall(r"^> *(.+?) *$", first, re.M))
+    return re.search(r"^# +(.+?) *$", first, re.M).group(1), re.search(r"^> *(.+?) *$", first, re.M).group(1)
 
 
 def part(path):
@@ -56,7 +56,8 @@ def contents(nbs=ROOT / "nbs"):
     for path in notebooks(nbs):
         if part(path) is None: continue
         if f"**{part(path)}**" not in lines: lines += ["", f"**{part(path)}**", ""]
-        lines.append(f"- [{path.stem.replace('_', ' ', 1)}]({path.name}): {opening(path)[1]}")
+        name = path.stem.replace("_", " ", 1).replace("__", r"\_\_")
+        lines.append(f"- [{name}]({path.name}): {opening(path)[1]}")
     return "\n".join(lines).strip()
 
 

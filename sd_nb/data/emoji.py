@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLUENT', 'EMOJIBASE', 'NOTO', 'SIZE', 'embedded', 'Package', 'fetch', 'read_package', 'Emoji', 'canonical',
-           'read_emojibase', 'draw_svg', 'draw_flat', 'draw_noto', 'caption', 'distinct', 'concept', 'is_held_out',
-           'to_sample', 'encode', 'provenance', 'build', 'main']
+           'read_emojibase', 'draw_svg', 'read_fluent', 'draw_flat', 'read_noto', 'draw_noto', 'caption', 'distinct',
+           'concept', 'is_held_out', 'to_sample', 'encode', 'provenance', 'build', 'main']
 
-# %% ../../nbs/30_data.emoji.ipynb #03ae3d37
+# %% ../../nbs/30_data.emoji.ipynb #f745cf6b
 import base64, hashlib, io, json, re, shutil, subprocess, sys, tarfile, tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +15,14 @@ from typing import Iterable, Iterator, NamedTuple
 import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from tqdm import tqdm
-from .images import Sample, as_webp, write_shards
+from .images import Sample, as_webp, must_be_empty, write_shards
 
-# %% ../../nbs/30_data.emoji.ipynb #a4f53262
+# %% ../../nbs/30_data.emoji.ipynb #c187e551
 def embedded() -> Path:  # a directory of shards
     "Return where the package keeps its emoji"
     return Path(__file__).parents[1] / "assets" / "emoji"
 
-# %% ../../nbs/30_data.emoji.ipynb #f60abd2d
+# %% ../../nbs/30_data.emoji.ipynb #330a089f
 class Package(NamedTuple):
     "A release of an npm package, pinned by the registry's own digest"
     name: str
@@ -35,7 +35,7 @@ EMOJIBASE = Package("emojibase-data", "17.0.0",          # names, groups and tag
                     "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==")
 NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Google's font, OFL; Debian: fonts-noto-color-emoji
 
-# %% ../../nbs/30_data.emoji.ipynb #698450f5
+# %% ../../nbs/30_data.emoji.ipynb #3560b4bc
 def fetch(
     package: Package,
     folder: str | Path,  # where the tarball goes
@@ -48,7 +48,7 @@ def fetch(
     if done.returncode: raise ValueError(f"npm pack {name} failed: {reason}")
     return Path(folder) / json.loads(done.stdout)[0]["filename"]
 
-# %% ../../nbs/30_data.emoji.ipynb #21501c58
+# %% ../../nbs/30_data.emoji.ipynb #157eaf7a
 def read_package(
     path: str | Path,   # a tarball
     package: Package,   # what it should be
@@ -63,7 +63,7 @@ def read_package(
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and re.fullmatch(wanted, m.name)}
 
-# %% ../../nbs/30_data.emoji.ipynb #8a1e9b4c
+# %% ../../nbs/30_data.emoji.ipynb #24b391c9
 class Emoji(NamedTuple):
     "What emojibase knows about a code point or a sequence of them"
     hexcode: str     # "1F44B-1F3FD"
@@ -77,14 +77,14 @@ class Emoji(NamedTuple):
         "Spell the emoji in characters"
         return "".join(chr(int(code, 16)) for code in self.hexcode.split("-"))
 
-# %% ../../nbs/30_data.emoji.ipynb #32c712d0
+# %% ../../nbs/30_data.emoji.ipynb #ac0950d6
 def canonical(
     code: str,  # code points in hexadecimal, joined by "-" or "_"
 ) -> str:       # the same in lower case, without the marks that packages disagree about
     "Spell a sequence one way, so that two packages agree"
     return re.sub(r"-(fe0f|e007f)\b", "", code.lower().replace("_", "-"))
 
-# %% ../../nbs/30_data.emoji.ipynb #72e9a429
+# %% ../../nbs/30_data.emoji.ipynb #d73cd585
 def read_emojibase(
     path: str | Path,   # emojibase's tarball
 ) -> dict[str, Emoji]:  # by canonical code
@@ -96,7 +96,7 @@ def read_emojibase(
     return {canonical(one["hexcode"]): Emoji(*facts(one, base))
             for base in json.loads(files["package/en/data.json"]) for one in (base, *base.get("skins", []))}
 
-# %% ../../nbs/30_data.emoji.ipynb #e89bec6f
+# %% ../../nbs/30_data.emoji.ipynb #a4d8fe1b
 SIZE = 128  # pixels, of all pictures
 
 def draw_svg(
@@ -109,32 +109,44 @@ def draw_svg(
                                 skip_system_fonts=True)  # the pictures hold no text, and fonts differ between machines
     return ImageOps.pad(Image.open(io.BytesIO(png)).convert("RGB"), (SIZE, SIZE), color="white")
 
-# %% ../../nbs/30_data.emoji.ipynb #7d65f005
+# %% ../../nbs/30_data.emoji.ipynb #107f24c6
+def read_fluent(
+    path: str | Path,   # the Fluent tarball
+) -> dict[str, bytes]:  # canonical code -> SVG
+    "Read all vector pictures"
+    files = read_package(path, FLUENT, r"package/assets/.*\.svg")
+    return {canonical(Path(name).stem): svg for name, svg in files.items()}
+
 def draw_flat(
-    path: str | Path,         # the Fluent tarball
+    svgs: dict[str, bytes],   # from `read_fluent`
     emoji: dict[str, Emoji],  # from `read_emojibase`
 ) -> Iterator[tuple[Emoji, Image.Image]]:
     "Draw every Fluent picture that has a label"
-    files = read_package(path, FLUENT, r"package/assets/.*\.svg")
-    known = {canonical(Path(name).stem): svg for name, svg in files.items()}
-    for code in tqdm(sorted(known.keys() & emoji.keys()), desc="flat"): yield emoji[code], draw_svg(known[code])
+    for code in tqdm(sorted(svgs.keys() & emoji.keys()), desc="flat"): yield emoji[code], draw_svg(svgs[code])
 
-# %% ../../nbs/30_data.emoji.ipynb #0f86c3ec
-def draw_noto(
-    path: str | Path,         # NotoColorEmoji.ttf
-    emoji: dict[str, Emoji],  # from `read_emojibase`
-) -> Iterator[tuple[Emoji, Image.Image]]:
-    "Draw every emoji for which the font has one glyph"
+# %% ../../nbs/30_data.emoji.ipynb #59088cfa
+def read_noto(
+    path: str | Path,              # NotoColorEmoji.ttf
+) -> ImageFont.FreeTypeFont:
+    "Open the font at the one size it has"
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such font (Debian: fonts-noto-color-emoji)")
     if not features.check("raqm"): raise ValueError("Pillow was built without libraqm, which joins emoji")
-    font, glyph = ImageFont.truetype(path, 109), (136, 128)
+    try: return ImageFont.truetype(path, 109)
+    except OSError as error: raise ValueError(f"{path}: not a font of colour bitmaps ({error})") from error
+
+def draw_noto(
+    font: ImageFont.FreeTypeFont,  # from `read_noto`
+    emoji: dict[str, Emoji],       # from `read_emojibase`
+) -> Iterator[tuple[Emoji, Image.Image]]:
+    "Draw every emoji for which the font has one glyph"
+    glyph = (136, 128)
     for code in tqdm(sorted(emoji), desc="noto"):
         image = Image.new("RGB", glyph, "white")
         if font.getlength(text := emoji[code].text) > glyph[0]: continue
         ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
         if image.getcolors(1) is None: yield emoji[code], ImageOps.pad(image, (SIZE, SIZE), Image.LANCZOS, "white")
 
-# %% ../../nbs/30_data.emoji.ipynb #f6b5c9d9
+# %% ../../nbs/30_data.emoji.ipynb #254117a0
 def caption(
     label: str,  # as emojibase has it
     style: str,  # "flat" or "noto"
@@ -144,7 +156,7 @@ def caption(
     label = re.sub(r"^keycap: ", "keycap ", label).replace(": ", ", ")
     return f"{label.translate(str.maketrans('“”’', chr(34) * 2 + chr(39)))}, {style} style"
 
-# %% ../../nbs/30_data.emoji.ipynb #68e098b1
+# %% ../../nbs/30_data.emoji.ipynb #7e9bbb5b
 def distinct(
     pictures: Iterable[tuple[Emoji, Image.Image]],
     twins: dict[str, str],  # gets concept -> another concept that some style draws exactly alike
@@ -158,7 +170,7 @@ def distinct(
         twins.update({concept(other.base): name for other, _ in group if concept(other.base) != name})
     return kept
 
-# %% ../../nbs/30_data.emoji.ipynb #1736b1fd
+# %% ../../nbs/30_data.emoji.ipynb #179f0e30
 def concept(
     base: str,  # a label without skin tone
 ) -> str:
@@ -168,7 +180,7 @@ def concept(
     words = re.sub(people + "|:? facing right", "", base)
     return " ".join(re.sub(r"^\W+", "", words).split()) or "adult"
 
-# %% ../../nbs/30_data.emoji.ipynb #06c12553
+# %% ../../nbs/30_data.emoji.ipynb #8b36158c
 def is_held_out(
     concept: str,
     percent: int = 5,
@@ -176,7 +188,7 @@ def is_held_out(
     "Decide by a hash, so that a concept's side never depends on what else is in the data"
     return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 100 < percent
 
-# %% ../../nbs/30_data.emoji.ipynb #c2cdaffb
+# %% ../../nbs/30_data.emoji.ipynb #52d78c95
 def to_sample(
     emoji: Emoji,
     image: Image.Image,
@@ -189,14 +201,14 @@ def to_sample(
                 label=emoji.label, concept=what, group=emoji.group, tags=emoji.tags)
     return Sample(f"{emoji.hexcode.lower()}-{style}", image, caption(emoji.label, style), meta)
 
-# %% ../../nbs/30_data.emoji.ipynb #2ce25222
+# %% ../../nbs/30_data.emoji.ipynb #10a737fe
 def encode(
     sample: Sample,
 ) -> tuple[str, bytes]:  # (suffix, file contents)
     "Keep flat pictures pixel for pixel, and Noto's as nearly as 19 MB allow"
     return as_webp(sample, None if sample.meta["style"] == "flat" else 90)
 
-# %% ../../nbs/30_data.emoji.ipynb #f1f4e621
+# %% ../../nbs/30_data.emoji.ipynb #759c24e1
 def provenance(
     noto_font: str | Path,  # the font file
 ) -> dict:
@@ -206,7 +218,7 @@ def provenance(
     tools = {name: features.version(name) for name in ("freetype2", "raqm", "harfbuzz")}
     return dict(sources=sources, drawn_with={"resvg-py": version("resvg-py"), **tools})
 
-# %% ../../nbs/30_data.emoji.ipynb #5123480d
+# %% ../../nbs/30_data.emoji.ipynb #50bdbe50
 def build(
     out: tyro.conf.Positional[Path],  # a directory that is empty or not there yet
     fluent: Path | None = None,       # the tarball of FLUENT; fetched with npm if not given
@@ -215,17 +227,17 @@ def build(
     first: int | None = None,         # only so many emoji, in order of code point (for a quick look)
 ) -> list[Path]:                      # the shards
     "Draw all emoji in both styles and write them as shards"
-    twins = {}
+    must_be_empty(out)
     with tempfile.TemporaryDirectory() as folder:
         emoji = read_emojibase(emojibase or fetch(EMOJIBASE, folder))
-        emoji = {code: emoji[code] for code in sorted(emoji)[:first]}
-        pictures = dict(noto=distinct(draw_noto(noto_font, emoji), twins),
-                        flat=distinct(draw_flat(fluent or fetch(FLUENT, folder), emoji), twins))
+        svgs, font, twins = read_fluent(fluent or fetch(FLUENT, folder)), read_noto(noto_font), {}
+    emoji = {code: emoji[code] for code in sorted(emoji)[:first]}
+    pictures = dict(noto=distinct(draw_noto(font, emoji), twins), flat=distinct(draw_flat(svgs, emoji), twins))
     samples = [to_sample(*one, style, twins) for style, drawn in pictures.items() for one in drawn]
     samples.sort(key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
     return write_shards(tqdm(samples, desc="write"), out, encode=encode, compress=True, notes=provenance(noto_font))
 
-# %% ../../nbs/30_data.emoji.ipynb #33029126
+# %% ../../nbs/30_data.emoji.ipynb #e4051650
 def main(
     args: list[str] | None = None,  # default: the command line's
 ):
@@ -235,5 +247,5 @@ def main(
         print(error, file=sys.stderr)
         sys.exit(2)
 
-# %% ../../nbs/30_data.emoji.ipynb #4143d26d
+# %% ../../nbs/30_data.emoji.ipynb #f91233d9
 if __name__ == "__main__" and __spec__: main()  # under python -m, not in a notebook

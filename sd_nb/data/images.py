@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'Sample', 'square', 'find_shards', 'decode', 'read_shard', 'read_shards', 'as_png', 'as_webp',
-           'versions', 'write_shards']
+           'versions', 'must_be_empty', 'write_shards']
 
-# %% ../../nbs/31_data.images.ipynb #7a2cd0d5
+# %% ../../nbs/31_data.images.ipynb #93cf6529
 import gzip, hashlib, io, json, os, shutil, tarfile, zlib
 from contextlib import nullcontext
 from itertools import chain, groupby, islice
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import PIL, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-# %% ../../nbs/31_data.images.ipynb #50faf681
+# %% ../../nbs/31_data.images.ipynb #bcd4c98e
 class Sample(NamedTuple):
     "One picture and what it shows"
     key: str             # unique within its shards, no dots: it becomes the members' names
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
     caption: str         # what a person would say it shows
     meta: dict           # everything else that is known about it
 
-# %% ../../nbs/31_data.images.ipynb #f38a0a5e
+# %% ../../nbs/31_data.images.ipynb #1061c41f
 def square(
     image: Image.Image,  # any size and mode
     size: int,           # side of the square in pixels
@@ -36,7 +36,7 @@ def square(
     side = min(image.size); left, top = ((length - side) / 2 for length in image.size)
     return image.convert("RGB").resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side))
 
-# %% ../../nbs/31_data.images.ipynb #7ff04f51
+# %% ../../nbs/31_data.images.ipynb #95d9381e
 def find_shards(
     directory: str | Path,  # where the shards are
 ) -> list[Path]:            # every .tar and .tar.gz in it, in order of name
@@ -47,7 +47,7 @@ def find_shards(
     if not shards: raise FileNotFoundError(f"{directory}: no shards (*.tar) in this directory")
     return shards
 
-# %% ../../nbs/31_data.images.ipynb #ddf00851
+# %% ../../nbs/31_data.images.ipynb #1f5fdb8b
 SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of members that are pictures
 FORMATS = ("JPEG", "PNG", "WEBP")          # the only decoders that strangers' bytes may reach
 
@@ -60,7 +60,7 @@ def decode(
     image.load()
     return image
 
-# %% ../../nbs/31_data.images.ipynb #457ca8cb
+# %% ../../nbs/31_data.images.ipynb #02fdd8eb
 def _members(
     tar: tarfile.TarFile,  # an open shard
     images: bool,          # read the pictures' bytes too?
@@ -77,7 +77,7 @@ def _members(
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE): raise tarfile.ReadError("it ends too early")
     while tar.fileobj.read(2**20): pass  # on to the end, where gzip keeps its checksum
 
-# %% ../../nbs/31_data.images.ipynb #7b60c531
+# %% ../../nbs/31_data.images.ipynb #9dc362e9
 def _sample(
     key: str,                 # the name that the members share
     files: dict[str, bytes],  # contents by suffix
@@ -95,7 +95,7 @@ def _sample(
     if caption is None: raise ValueError(f"{key} has no caption ({key}.txt is missing)")
     return Sample(key, image, caption, meta)
 
-# %% ../../nbs/31_data.images.ipynb #a915f211
+# %% ../../nbs/31_data.images.ipynb #3cb4ffe9
 def read_shard(
     path: str | Path,      # a .tar or .tar.gz in img2dataset's layout
     images: bool = True,   # False: leave the pictures undecoded, for those who only want the captions
@@ -110,7 +110,7 @@ def read_shard(
         raise ValueError(f"{path}: not a whole tar archive ({error})") from error
     except ValueError as error: raise ValueError(f"{path}: {error}") from error
 
-# %% ../../nbs/31_data.images.ipynb #ceaa6e22
+# %% ../../nbs/31_data.images.ipynb #00195893
 def read_shards(
     directory: str | Path,  # where the shards are
     images: bool = True,    # as for `read_shard`
@@ -118,7 +118,7 @@ def read_shards(
     "Read all of a directory's shards, one after the other"
     for path in find_shards(directory): yield from read_shard(path, images)
 
-# %% ../../nbs/31_data.images.ipynb #ffb00ee7
+# %% ../../nbs/31_data.images.ipynb #134e27ef
 def as_png(
     sample: Sample,
 ) -> tuple[str, bytes]:  # (suffix, file contents)
@@ -135,7 +135,7 @@ def as_webp(
     sample.image.save(buffer := io.BytesIO(), "WEBP", **how)  # a lossless "quality" is effort: 100 saves another 0.4 %
     return "webp", buffer.getvalue()
 
-# %% ../../nbs/31_data.images.ipynb #236bea07
+# %% ../../nbs/31_data.images.ipynb #32a3596f
 def _row(sample: Sample, data: bytes) -> dict:
     "Describe a sample by img2dataset's columns, then by its own"
     width, height = sample.image.size
@@ -144,7 +144,7 @@ def _row(sample: Sample, data: bytes) -> dict:
                  width=width, height=height, sha256=hashlib.sha256(data).hexdigest())
     return fixed | {name: value for name, value in given.items() if name not in fixed}
 
-# %% ../../nbs/31_data.images.ipynb #bbced0d6
+# %% ../../nbs/31_data.images.ipynb #38207b85
 def _add(tar: tarfile.TarFile, name: str, data: bytes):
     "Append a member that has no date and no owner, so that the same samples make the same bytes"
     info = tarfile.TarInfo(name)
@@ -169,14 +169,14 @@ def _write_archive(
                 _add(tar, f"{sample.key}.json", json.dumps(rows[-1], ensure_ascii=False).encode())
     return rows
 
-# %% ../../nbs/31_data.images.ipynb #3b329421
+# %% ../../nbs/31_data.images.ipynb #c27c226c
 def _write_table(path: Path, rows: list[dict]):
     "Write the rows as parquet; a column of nothing but null counts as text"
     columns = {name: pa.array([row.get(name) for row in rows]) for row in rows for name in row}
     columns = {name: c.cast(pa.string()) if c.type == pa.null() else c for name, c in columns.items()}
     pq.write_table(pa.table(columns), path, compression="zstd")
 
-# %% ../../nbs/31_data.images.ipynb #6875188f
+# %% ../../nbs/31_data.images.ipynb #8ecce3be
 def versions() -> dict[str, str]:  # library -> version
     "Name everything that the bytes of a shard depend on besides the samples"
     return dict(pillow=PIL.__version__, libwebp=features.version("webp"), pyarrow=pa.__version__,
@@ -197,7 +197,7 @@ def _write_shard(
                  encoders=versions(), **notes)
     archive.with_name(f"{stem}_stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
 
-# %% ../../nbs/31_data.images.ipynb #10a259a0
+# %% ../../nbs/31_data.images.ipynb #bd32ca4b
 def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
     "Pass samples on, refusing a key that cannot name a file or that was there before"
     seen = set()
@@ -208,7 +208,14 @@ def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
         seen.add(sample.key)
         yield sample
 
-# %% ../../nbs/31_data.images.ipynb #494f68a4
+# %% ../../nbs/31_data.images.ipynb #d414dad5
+def must_be_empty(
+    out: Path,  # where something is going to be written
+):
+    "Refuse a path that is a file, or a directory with something in it"
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out}: already there and not an empty directory")
+
 def write_shards(
     samples: Iterable[Sample],    # consumed one by one
     out: str | Path,              # a directory that is empty or not there yet
@@ -219,8 +226,7 @@ def write_shards(
 ) -> list[Path]:                  # the shards
     "Write samples in img2dataset's layout: the same samples give the same bytes, and all shards appear or none"
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out}: already there and not an empty directory")
+    must_be_empty(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     partial.mkdir(parents=True)

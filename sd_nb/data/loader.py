@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUNDS', 'GOLDEN', 'gather', 'Shards', 'Packed', 'mix', 'feistel', 'shuffled', 'batch_indices', 'rank_slice']
 
-# %% ../../nbs/35_data.loader.ipynb #b9c838bd
+# %% ../../nbs/35_data.loader.ipynb #028c32b2
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 
 from .latents import broken_files, read_manifest
 
-# %% ../../nbs/35_data.loader.ipynb #accdad54
+# %% ../../nbs/35_data.loader.ipynb #b8ef670c
 def gather(
     arrays: list,      # the shards, each `(n_s, *shape)`
     ends: np.ndarray,  # where each shard ends in the long array
@@ -28,7 +28,7 @@ def gather(
         out[here] = arrays[s][rows[here] - ends[s] + len(arrays[s])]
     return out
 
-# %% ../../nbs/35_data.loader.ipynb #99b90d4f
+# %% ../../nbs/35_data.loader.ipynb #48b3d8bd
 class Shards:
     "All shards of a packed directory as one long array, read from the disk only where it is touched"
     def __init__(
@@ -60,7 +60,7 @@ class Shards:
         samples = gather(self.arrays, self.ends, np.atleast_1d(rows))
         return samples if np.ndim(rows) else samples[0]
 
-# %% ../../nbs/35_data.loader.ipynb #632f1f5c
+# %% ../../nbs/35_data.loader.ipynb #245cc1a1
 class Packed(Shards):
     "A packed data set: the long array, and what is known about each of its samples"
     @cached_property
@@ -84,7 +84,7 @@ class Packed(Shards):
         if split in splits: return Packed(self.directory, rows=self.rows[splits == split])
         raise ValueError(f"{self.directory}: no split {split!r}; it has {', '.join(sorted(set(splits)))}")
 
-# %% ../../nbs/35_data.loader.ipynb #46e4c8be
+# %% ../../nbs/35_data.loader.ipynb #2e14d7de
 def mix(
     x: np.ndarray,   # uint64
 ) -> np.ndarray:     # uint64
@@ -93,7 +93,7 @@ def mix(
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-# %% ../../nbs/35_data.loader.ipynb #b76b192b
+# %% ../../nbs/35_data.loader.ipynb #1c6fdfb2
 ROUNDS = 6
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: multiples of it spread evenly
 
@@ -110,7 +110,7 @@ def feistel(
         left, right = right, left ^ (mix(right ^ mix(keys)) & mask)
     return left << half | right
 
-# %% ../../nbs/35_data.loader.ipynb #64b85ab3
+# %% ../../nbs/35_data.loader.ipynb #3594c6b9
 def shuffled(
     position: np.ndarray,  # `(b,)` places in an epoch, 0 to n - 1
     epoch: np.ndarray,     # `(b,)` which epoch
@@ -124,7 +124,7 @@ def shuffled(
     while (outside := x >= n).any(): x[outside] = feistel(x[outside], half, keys[outside])  # walk on until inside
     return x.astype(np.int64)
 
-# %% ../../nbs/35_data.loader.ipynb #10ff4253
+# %% ../../nbs/35_data.loader.ipynb #a0fe4217
 def batch_indices(
     step: int,    # which step of the run, from 0
     n: int,       # samples in the data set
@@ -136,13 +136,14 @@ def batch_indices(
     stream = step * batch + np.arange(batch)
     return shuffled(stream % n, stream // n, n, seed)
 
-# %% ../../nbs/35_data.loader.ipynb #4dc5f28b
+# %% ../../nbs/35_data.loader.ipynb #3595df52
 def rank_slice(
     indices,     # `(batch, ...)` array or tensor
     rank: int,   # this process
     world: int,  # number of processes
 ):               # `(batch / world, ...)`
     "Cut one process's share out of the global batch"
-    if len(indices) % world: raise ValueError(f"a global batch of {len(indices)} does not divide among {world} processes")
+    if len(indices) % world:
+        raise ValueError(f"a global batch of {len(indices)} does not divide among {world} processes")
     share = len(indices) // world
     return indices[rank * share:(rank + 1) * share]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['mix', 'guided']
 
-# %% ../../nbs/23_diffusion.guidance.ipynb #f9dd0c4e
+# %% ../../nbs/23_diffusion.guidance.ipynb #d67c4405
 import math
 from collections.abc import Callable
 import torch
 from .noise import NoiseSchedule, spread
 from .objective import KINDS, to_eps, unknown_kind
 
-# %% ../../nbs/23_diffusion.guidance.ipynb #050d7b70
+# %% ../../nbs/23_diffusion.guidance.ipynb #5679bc34
 def mix(
     model: Callable,        # a network `model(x, t, context) -> (b, ...)`
     x: torch.Tensor,        # `(b, ...)` noisy input
@@ -26,7 +26,7 @@ def mix(
     without, within = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)     # (b, ...) each
     return without + guidance * (within - without)
 
-# %% ../../nbs/23_diffusion.guidance.ipynb #b5fb6706
+# %% ../../nbs/23_diffusion.guidance.ipynb #8c4174e8
 def guided(
     model: Callable,              # a network `model(x, t, context) -> (b, ...)`
     context: torch.Tensor,        # `(b, n, d)` the prompts, encoded

@@ -6,7 +6,7 @@
 __all__ = ['AutoencoderConfig', 'Gaussian', 'PixelAttention', 'Middle', 'EncoderLevel', 'Encoder', 'DecoderLevel', 'Decoder',
            'Autoencoder', 'edge_loss', 'autoencoder_loss']
 
-# %% ../../nbs/13_model.autoencoder.ipynb #059de2e3
+# %% ../../nbs/13_model.autoencoder.ipynb #c26366a3
 import math
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import Attention
 from .resblock import Downsample, ResBlock, Upsample
 
-# %% ../../nbs/13_model.autoencoder.ipynb #cfa42409
+# %% ../../nbs/13_model.autoencoder.ipynb #c818b4ee
 @dataclass(frozen=True)
 class AutoencoderConfig:
     "The shape of the autoencoder; the defaults are Stable Diffusion 1.x."
@@ -48,7 +48,7 @@ class AutoencoderConfig:
         "Make a ResBlock of this network; 1e-6 is the epsilon of SD's autoencoder checkpoints."
         return ResBlock(c_in, c_out, groups=self.groups, eps=1e-6)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #9c256cb6
+# %% ../../nbs/13_model.autoencoder.ipynb #42dafbe7
 class Gaussian:
     "One normal distribution per number of a latent: what the encoder believes (Auto-Encoding Variational Bayes, sec. 3)."
 
@@ -77,7 +77,7 @@ class Gaussian:
         "Measure how far the belief is from a standard normal (Auto-Encoding Variational Bayes, app. B)."
         return ((self.mean**2 + self.logvar.exp() - 1 - self.logvar) / 2).sum(dim=(1, 2, 3))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #a5fd5ef3
+# %% ../../nbs/13_model.autoencoder.ipynb #84c19490
 class PixelAttention(nn.Module):
     "Let every pixel of a feature map look at all others, with one head."
 
@@ -98,7 +98,7 @@ class PixelAttention(nn.Module):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         return x + rearrange(self.attention(h), "b (h w) c -> b c h w", h=x.shape[2])
 
-# %% ../../nbs/13_model.autoencoder.ipynb #a07361cd
+# %% ../../nbs/13_model.autoencoder.ipynb #fe715d95
 class Middle(nn.Module):
     "Work at the lowest resolution: ResBlock, attention, ResBlock."
 
@@ -119,7 +119,7 @@ class Middle(nn.Module):
         "Convolve, look around, convolve."
         return self.block2(self.attention(self.block1(h)))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #7377b2ec
+# %% ../../nbs/13_model.autoencoder.ipynb #75cef525
 class EncoderLevel(nn.Module):
     "Work at one resolution, then halve the sides."
 
@@ -143,7 +143,7 @@ class EncoderLevel(nn.Module):
         for block in self.blocks: h = block(h)
         return h if self.downsample is None else self.downsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #e669b5a3
+# %% ../../nbs/13_model.autoencoder.ipynb #d078cef0
 class Encoder(nn.Module):
     "Turn pictures into the moments of a latent."
 
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
         h = self.middle(h)                              # (b, c, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 c_latent, h, w)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #2ddfc684
+# %% ../../nbs/13_model.autoencoder.ipynb #e74fe145
 class DecoderLevel(nn.Module):
     "Work at one resolution, then double the sides."
 
@@ -194,7 +194,7 @@ class DecoderLevel(nn.Module):
         for block in self.blocks: h = block(h)
         return h if self.upsample is None else self.upsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #ce830982
+# %% ../../nbs/13_model.autoencoder.ipynb #b15f8b62
 class Decoder(nn.Module):
     "Turn latents into pictures."
 
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
         for level in self.up: h = level(h)              # larger and narrower
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, c_in, H, W)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #958c1bf9
+# %% ../../nbs/13_model.autoencoder.ipynb #9996ac9d
 class Autoencoder(nn.Module):
     "Pictures to latents and back (High-Resolution Image Synthesis, sec. 3.1)."
 
@@ -235,6 +235,7 @@ class Autoencoder(nn.Module):
         self.quant = nn.Conv2d(2 * c, 2 * c, 1)   # the name comes from a sibling with a codebook; here just a 1x1 convolution
         self.post_quant = nn.Conv2d(c, c, 1)
         self.decoder = Decoder(config)
+        nn.init.constant_(self.quant.bias[c:], -6.0)  # begin with little doubt (standard deviation 0.05): noise would drown the picture
 
     @property
     def factor(self) -> int:
@@ -258,7 +259,7 @@ class Autoencoder(nn.Module):
         "Draw the picture of a latent."
         return self.decoder(self.post_quant(z))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #73617284
+# %% ../../nbs/13_model.autoencoder.ipynb #2017a965
 def edge_loss(
     error: Tensor,  # difference of two pictures `(b, c, H, W)`
     scales: int = 3,  # at how many resolutions
@@ -271,7 +272,7 @@ def edge_loss(
         error = F.avg_pool2d(error, 2)
     return loss / max(scales, 1)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #30cd9616
+# %% ../../nbs/13_model.autoencoder.ipynb #69312339
 def autoencoder_loss(
     model: Autoencoder,  # what is trained
     x: Tensor,  # pictures in [-1, 1] `(b, c_in, H, W)`

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'ResBlock', 'Downsample', 'Upsample']
 
-# %% ../../nbs/11_model.resblock.ipynb #d0ae7819
+# %% ../../nbs/11_model.resblock.ipynb #63d79720
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/11_model.resblock.ipynb #1bfb52a1
+# %% ../../nbs/11_model.resblock.ipynb #d3f6a161
 def timestep_embedding(
     t: Tensor,  # timesteps, integer or not `(b,)`
     width: int,  # size of the embedding, even
@@ -25,7 +25,7 @@ def timestep_embedding(
     angles = t[:, None].float() * rates                                                    # (b, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                                 # (b, width)
 
-# %% ../../nbs/11_model.resblock.ipynb #5e347eff
+# %% ../../nbs/11_model.resblock.ipynb #258e1b01
 class TimeEmbedding(nn.Module):
     "Turn timesteps into the vector that every ResBlock listens to."
 
@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
         waves = timestep_embedding(t, self.width).to(self.layer1.weight.dtype)  # (b, width)
         return self.layer2(F.silu(self.layer1(waves)))                          # (b, out)
 
-# %% ../../nbs/11_model.resblock.ipynb #8731301e
+# %% ../../nbs/11_model.resblock.ipynb #4350626d
 class ResBlock(nn.Module):
     "Add to `x` what two convolutions see in it, given the time (Deep Residual Learning, eq. 1)."
 
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))                             # (b, c_out, h, w)
         return self.skip(x) + h
 
-# %% ../../nbs/11_model.resblock.ipynb #97976fca
+# %% ../../nbs/11_model.resblock.ipynb #85ae9401
 class Downsample(nn.Module):
     "Halve the sides of a feature map with a learned stride-2 convolution."
 
@@ -94,7 +94,7 @@ class Downsample(nn.Module):
         "Keep every second pixel of a convolution."
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
-# %% ../../nbs/11_model.resblock.ipynb #4c240d43
+# %% ../../nbs/11_model.resblock.ipynb #ec6fc896
 class Upsample(nn.Module):
     "Double the sides of a feature map: repeat each pixel, then convolve the blocks away."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe', 'main']
 
-# %% ../../nbs/45_train.__main__.ipynb #4fa6fcbb
+# %% ../../nbs/45_train.__main__.ipynb #6b816a37
 import json
 import sys
 
@@ -13,7 +13,7 @@ from ..config import Config, config_from_args, count_parameters, one_line_errors
 from .parallel import is_main, world
 from .stages import minutes_of, stages_to_train, train
 
-# %% ../../nbs/45_train.__main__.ipynb #363a3166
+# %% ../../nbs/45_train.__main__.ipynb #7982fdb5
 def describe(
     config: Config  # the run
 ) -> str:  # JSON: settings, parameters of each network, plan
@@ -24,14 +24,15 @@ def describe(
         plan[name] = dict(steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, minutes=minutes_of(config, name))
     return json.dumps(dict(config=config.to_dict(), parameters=count_parameters(config), plan=plan), indent=2)
 
-# %% ../../nbs/45_train.__main__.ipynb #3b3ec4d7
+# %% ../../nbs/45_train.__main__.ipynb #19f78dec
 def main(
     args: list[str] | None = None,  # preset and flags; default: the process's own
     prog: str = "python -m sd_nb.train"  # how the user called it, for messages
 ) -> int:  # exit code
     "Train what the command line asks for"
     with one_line_errors(prog):
-        config = config_from_args(sys.argv[1:] if args is None else args, prog)
+        words = sys.argv[1:] if args is None else args
+        config = config_from_args(words[1:] if words[:1] == ["--"] else words, prog)
         if config.dry_run:
             print(describe(config))
             return 0
@@ -40,5 +41,5 @@ def main(
             if is_main(w): print(f"{'complete' if complete else 'stopped; the same command resumes'}: {config.run}")
         return 0 if complete else 130
 
-# %% ../../nbs/45_train.__main__.ipynb #887e7938
+# %% ../../nbs/45_train.__main__.ipynb #6eaa2de5
 if __name__ == "__main__" and __spec__ is not None: sys.exit(main())  # a notebook has no spec

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['World', 'find_device', 'world', 'is_main', 'world_size', 'meeting_place', 'mean_over_ranks', 'barrier', 'agree',
-           'Gather', 'gather_with_grad', 'wrap', 'unwrap']
+           'wrap', 'unwrap', 'Gather', 'gather_with_grad']
 
-# %% ../../nbs/42_train.parallel.ipynb #de0be348
+# %% ../../nbs/42_train.parallel.ipynb #0ac8549d
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../../nbs/42_train.parallel.ipynb #772364f1
+# %% ../../nbs/42_train.parallel.ipynb #5477def8
 class World(NamedTuple):
     "Who this process is among all that train together"
     rank: int             # 0 to size - 1
@@ -25,17 +25,16 @@ class World(NamedTuple):
     local_rank: int       # the same on this machine alone: which GPU
     device: torch.device  # where this process computes
 
-# %% ../../nbs/42_train.parallel.ipynb #0ed91501
 def find_device(
     local_rank: int = 0,  # which process on this machine
 ) -> torch.device:
     "Give each process its own GPU, or the CPU where there is none"
     if not torch.cuda.is_available(): return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count(): raise ValueError(
-        f"process {local_rank + 1} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+    if local_rank >= (n := torch.cuda.device_count()):
+        raise ValueError(f"process {local_rank + 1} of this machine has no GPU: there are {n}; lower --nproc_per_node")
     return torch.device("cuda", local_rank)
 
-# %% ../../nbs/42_train.parallel.ipynb #cc253c0e
+# %% ../../nbs/42_train.parallel.ipynb #d91945d7
 @contextmanager
 def world(
     minutes: float = 10,          # how long to wait for the others before giving up
@@ -53,24 +52,21 @@ def world(
     try: yield w
     finally: dist.destroy_process_group()
 
-# %% ../../nbs/42_train.parallel.ipynb #1176f774
 def is_main(
     w: World,
 ) -> bool:  # True for exactly one process
     "Say who writes files and draws progress bars"
     return w.rank == 0
 
-# %% ../../nbs/42_train.parallel.ipynb #cac60d76
 def world_size() -> int:
     "Count the processes; one where none were started"
     return dist.get_world_size() if dist.is_initialized() else 1
 
-# %% ../../nbs/42_train.parallel.ipynb #0a01d974
+# %% ../../nbs/42_train.parallel.ipynb #3d893155
 def meeting_place() -> torch.device:
     "Say where tensors must be to travel: on the GPU for NCCL, on the CPU for gloo"
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
-# %% ../../nbs/42_train.parallel.ipynb #b825aa65
 def mean_over_ranks(
     x: torch.Tensor,   # the same shape everywhere
 ) -> torch.Tensor:     # the mean, the same everywhere; no gradient
@@ -79,12 +75,11 @@ def mean_over_ranks(
     dist.all_reduce(total := x.detach().to(meeting_place(), copy=True))
     return total.to(x.device) / world_size()
 
-# %% ../../nbs/42_train.parallel.ipynb #1686e43b
+# %% ../../nbs/42_train.parallel.ipynb #22e230e3
 def barrier():
     "Wait until all have come this far"
     if world_size() > 1: dist.barrier()
 
-# %% ../../nbs/42_train.parallel.ipynb #df54e8d8
 def agree(
     flag: bool,  # what this process has seen
 ) -> bool:       # True everywhere if it is True anywhere
@@ -93,7 +88,24 @@ def agree(
     dist.all_reduce(votes := torch.tensor(int(flag), device=meeting_place()), op=dist.ReduceOp.MAX)
     return bool(votes)
 
-# %% ../../nbs/42_train.parallel.ipynb #a2e6d474
+# %% ../../nbs/42_train.parallel.ipynb #fb430b8e
+def wrap(
+    module: nn.Module,  # its `forward` must be what is called in training
+    w: World,
+) -> nn.Module:         # the same module where there is one process
+    "Let the processes average their gradients while the backward pass is still running"
+    if w.size == 1: return module
+    devices = [w.device] if w.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+def unwrap(
+    module: nn.Module,  # perhaps wrapped by `wrap` or compiled
+) -> nn.Module:         # the network itself, with its own names
+    "Take the wrapping off"
+    if isinstance(module, DistributedDataParallel): return unwrap(module.module)
+    return unwrap(module._orig_mod) if hasattr(module, "_orig_mod") else module  # the name torch.compile uses
+
+# %% ../../nbs/42_train.parallel.ipynb #ce08296c
 class Gather(torch.autograd.Function):
     "Concatenate over processes; see `gather_with_grad`"
     @staticmethod
@@ -108,26 +120,8 @@ class Gather(torch.autograd.Function):
         "Take the own rows' gradient, times the number of processes that DDP will divide by"
         return grad.chunk(world_size())[dist.get_rank()] * world_size()
 
-# %% ../../nbs/42_train.parallel.ipynb #ac3b9b82
 def gather_with_grad(
     x: torch.Tensor,   # `(b, ...)` this process's rows; the same shape everywhere
 ) -> torch.Tensor:     # `(world * b, ...)` everybody's rows, in order of rank
     "Collect rows for a loss over the whole batch, which every process then computes alike"
     return Gather.apply(x) if world_size() > 1 else x
-
-# %% ../../nbs/42_train.parallel.ipynb #3527b644
-def wrap(
-    module: nn.Module,  # its `forward` must be what is called in training
-    w: World,
-) -> nn.Module:         # the same module where there is one process
-    "Let the processes average their gradients while the backward pass is still running"
-    if w.size == 1: return module
-    return DistributedDataParallel(module, device_ids=[w.device] if w.device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-# %% ../../nbs/42_train.parallel.ipynb #8ab92b2e
-def unwrap(
-    module: nn.Module,  # perhaps wrapped by `wrap` or compiled
-) -> nn.Module:         # the network itself, with its own names
-    "Take the wrapping off"
-    if isinstance(module, DistributedDataParallel): return unwrap(module.module)
-    return unwrap(module._orig_mod) if hasattr(module, "_orig_mod") else module  # the name torch.compile uses

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUILD', 'packed_pixels', 'splits', 'AutoencoderLoss', 'AutoencoderStage', 'latent_scale', 'CLIPLoss', 'CLIPStage',
-           'DenoisingLoss', 'UNetStage', 'stages_to_train', 'minutes_of', 'start_from', 'train']
+           'DenoisingLoss', 'UNetStage', 'stages_to_train', 'is_exported', 'minutes_of', 'start_from', 'train']
 
-# %% ../../nbs/44_train.stages.ipynb #b93ddc92
+# %% ../../nbs/44_train.stages.ipynb #3e679d4b
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ..pipeline import StableDiffusion
 from .parallel import World, barrier, gather_with_grad, is_main
 from .trainer import Draws, Trainer
 
-# %% ../../nbs/44_train.stages.ipynb #f0cc9566
+# %% ../../nbs/44_train.stages.ipynb #6628d956
 def packed_pixels(
     config: Config,  # the run
     world: World  # the processes
@@ -49,7 +49,7 @@ def splits(
     named = set(packed.meta["split"].to_pylist())
     return (packed.select("train"), packed.select("held_out")) if {"train", "held_out"} <= named else (packed, packed)
 
-# %% ../../nbs/44_train.stages.ipynb #3613a0e8
+# %% ../../nbs/44_train.stages.ipynb #d7043ade
 class AutoencoderLoss(nn.Module):
     "The autoencoder together with its loss"
     def __init__(self, model: Autoencoder): super().__init__(); self.model = model
@@ -89,7 +89,7 @@ class AutoencoderStage:
         self.model.config = replace(self.model.config, scale=latent_scale(self.model, self.pixels))
         interop.save_autoencoder(directory, self.model, self.size)
 
-# %% ../../nbs/44_train.stages.ipynb #3add826c
+# %% ../../nbs/44_train.stages.ipynb #b0d62a6e
 @torch.no_grad()
 def latent_scale(
     model: Autoencoder,  # a trained autoencoder
@@ -101,7 +101,7 @@ def latent_scale(
     posteriors = [model.encode(to_float(pixels[part]).to(device)) for part in np.array_split(rows, max(1, len(rows) // 32))]
     return round(unit_scale(torch.cat([torch.cat([p.mean, p.logvar], dim=1) for p in posteriors]).cpu()), 5)
 
-# %% ../../nbs/44_train.stages.ipynb #bcdb5cff
+# %% ../../nbs/44_train.stages.ipynb #f5c4eca3
 class CLIPLoss(nn.Module):
     "CLIP together with its contrastive loss over all processes"
     def __init__(self, model: CLIP): super().__init__(); self.model = model
@@ -152,7 +152,7 @@ class CLIPStage:
         interop.save_text_encoder(directory, self.model.text)
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
-# %% ../../nbs/44_train.stages.ipynb #e7385d23
+# %% ../../nbs/44_train.stages.ipynb #d2a5f2fc
 class DenoisingLoss(nn.Module):
     "The UNet together with the Min-SNR-weighted loss"
     def __init__(self, model: UNet, prediction: str, gamma: float):
@@ -165,7 +165,7 @@ class DenoisingLoss(nn.Module):
         bins = {f"mse_t{250 * i}": plain.where(quarter == i, torch.nan) for i in range(4)}
         return weighted.mean(), dict(mse=plain, **bins)
 
-# %% ../../nbs/44_train.stages.ipynb #d352d418
+# %% ../../nbs/44_train.stages.ipynb #0ef21666
 class UNetStage:
     "Learn to take noise away from latents while listening to the caption"
     name = "unet"
@@ -215,13 +215,22 @@ class UNetStage:
         "Write the whole model directory"
         interop.save_diffusers(directory, self.parts())
 
-# %% ../../nbs/44_train.stages.ipynb #fa3a23ac
+# %% ../../nbs/44_train.stages.ipynb #e47b875f
 def stages_to_train(
     config: Config  # the run
 ) -> list[str]:  # names, in order
     "Return which stages the command trains"
     alone = config.stage != "unet" or config.init_from
     return [config.stage] if alone else ["autoencoder", "clip", "unet"]
+
+
+def is_exported(
+    stage: str,  # one of the stages
+    run: Path  # run directory
+) -> bool:
+    "Return whether the stage's network is in the run's model directory"
+    part = dict(autoencoder="vae/config.json", clip="tokenizer/tokenizer_config.json", unet="model_index.json")[stage]
+    return (run / "model" / part).is_file()
 
 
 def minutes_of(
@@ -242,7 +251,7 @@ def start_from(
     target = stage.model.text if stage.name == "clip" else stage.model
     target.load_state_dict(load(directory).state_dict())
 
-# %% ../../nbs/44_train.stages.ipynb #4fb544aa
+# %% ../../nbs/44_train.stages.ipynb #e86dc6ff
 BUILD = dict(autoencoder=AutoencoderStage, clip=CLIPStage, unet=UNetStage)
 
 
@@ -254,6 +263,7 @@ def train(
     if config.init_from and is_main(world): interop.save_diffusers(config.run / "model", interop.load_diffusers(config.init_from))
     barrier()
     for name in stages_to_train(config):
+        if name != config.stage and is_exported(name, config.run): continue
         stage = BUILD[name](config, world)
         if config.init_from: start_from(stage, config.init_from)
         if not Trainer(stage, config, world, minutes_of(config, name)).fit(): return False

@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'Draws', 'Stage', 'learning_rate', 'make_optimizer', 'Window', 'stop_requested', 'rewind_metrics',
            'refuse_changes', 'Trainer']
 
-# %% ../../nbs/43_train.trainer.ipynb #52457501
+# %% ../../nbs/43_train.trainer.ipynb #25e03833
 import json
 import os
 import signal
@@ -27,7 +27,7 @@ from . import checkpoint
 from .ema import EMA
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
 
-# %% ../../nbs/43_train.trainer.ipynb #5b78c984
+# %% ../../nbs/43_train.trainer.ipynb #70b1d8f0
 class Draws:
     "The random numbers of one step: a function of (seed, step), cut to this process's part of the batch"
     def __init__(
@@ -54,7 +54,7 @@ class Draws:
         "Draw a number between 0 and 1 for each picture"
         return torch.rand(self.batch, generator=self.generator)[self.part]
 
-# %% ../../nbs/43_train.trainer.ipynb #a7dca22f
+# %% ../../nbs/43_train.trainer.ipynb #4f2ec390
 class Stage(Protocol):
     "What the loop needs to know about one network"
     name: str  # "autoencoder", "clip" or "unet"
@@ -66,7 +66,7 @@ class Stage(Protocol):
     def preview(self, path: Path) -> None: "Draw what the network can do into a PNG"
     def export(self, directory: Path) -> None: "Write the network's part of a model directory"
 
-# %% ../../nbs/43_train.trainer.ipynb #96e8ad4c
+# %% ../../nbs/43_train.trainer.ipynb #07418dad
 def learning_rate(
     step: int,  # number of the step, from 0
     peak: float,  # the rate after the warm-up
@@ -75,7 +75,7 @@ def learning_rate(
     "Return the learning rate: linear warm-up, then constant"
     return peak * min(1.0, (step + 1) / warmup)
 
-# %% ../../nbs/43_train.trainer.ipynb #d64de9d0
+# %% ../../nbs/43_train.trainer.ipynb #d59eb2ee
 def make_optimizer(
     model: nn.Module,  # the network
     weight_decay: float  # pull towards zero, on matrices and convolutions only
@@ -86,7 +86,7 @@ def make_optimizer(
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
 
-# %% ../../nbs/43_train.trainer.ipynb #50466a58
+# %% ../../nbs/43_train.trainer.ipynb #69fe0f11
 class Window:
     "Means of metrics since the last row of the log"
     def __init__(self): self.sums, self.counts = {}, {}
@@ -107,7 +107,7 @@ class Window:
         self.sums, self.counts = {}, {}
         return {name: (total / count).item() for name, (total, count) in zip(names, totals) if count}
 
-# %% ../../nbs/43_train.trainer.ipynb #2b01a1ea
+# %% ../../nbs/43_train.trainer.ipynb #e5cb9808
 @contextmanager
 def stop_requested():  # yields a function that returns whether a stop was asked for
     "Turn SIGINT and SIGTERM into a note that the loop reads between two steps"
@@ -121,7 +121,7 @@ def stop_requested():  # yields a function that returns whether a stop was asked
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/43_train.trainer.ipynb #4bed8d5e
+# %% ../../nbs/43_train.trainer.ipynb #283b6ca8
 def rewind_metrics(
     path: Path,  # `metrics.jsonl`, which need not exist
     step: int  # the step that training resumes at
@@ -137,7 +137,7 @@ def rewind_metrics(
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
-# %% ../../nbs/43_train.trainer.ipynb #da3deace
+# %% ../../nbs/43_train.trainer.ipynb #e9e83b66
 FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run", "keep", "log_every", "sample_every", "save_every"}
 
 
@@ -150,7 +150,7 @@ def refuse_changes(
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in FREE and before.get(k) != v]
     if changed: raise ValueError(f"{directory} was trained with other settings ({'; '.join(changed)}): choose another --run or the old settings")
 
-# %% ../../nbs/43_train.trainer.ipynb #36e65cc0
+# %% ../../nbs/43_train.trainer.ipynb #01566c99
 class Trainer:
     "Trains one stage: `fit` runs until the steps or the minutes are used up, or until it is asked to stop"
     def __init__(
@@ -188,18 +188,24 @@ class Trainer:
         self.step += 1
         self.window.add(dict(loss=loss, grad_norm=norm, **metrics))
 
-# %% ../../nbs/43_train.trainer.ipynb #7fe4aa73
+# %% ../../nbs/43_train.trainer.ipynb #8041c703
 from fastcore.basics import patch
 
-# %% ../../nbs/43_train.trainer.ipynb #f7b324ed
+# %% ../../nbs/43_train.trainer.ipynb #aaf059bc
+@patch
+def settings(self: Trainer) -> dict:  # JSON-ready
+    "Return what this run depends on, flags and recipe merged"
+    return self.config.to_dict() | dict(batch=self.recipe.batch, lr=self.recipe.lr)
+
+
 @patch
 def save(self: Trainer):
     "Write a checkpoint (main process) and keep the newest few"
     if is_main(self.world):
         tensors, state = checkpoint.optimizer_tensors(self.optimizer, self.stage.model)
         parts = dict(model=self.stage.model.state_dict(), ema=self.ema.state_dict(), optimizer=tensors)
-        settings = dict(config=self.config.to_dict(), optimizer=state, step=self.step, seconds=self.seconds)
-        checkpoint.save(self.directory / "checkpoints", self.step, parts, settings, keep=self.config.keep)
+        state = dict(settings=self.settings(), optimizer=state, step=self.step, seconds=self.seconds)
+        checkpoint.save(self.directory / "checkpoints", self.step, parts, state, keep=self.config.keep)
     barrier()
 
 
@@ -209,7 +215,7 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     newest = checkpoint.latest(self.directory / "checkpoints")
     if newest is None: return False
     parts, state = checkpoint.load(newest, verify=False)  # `latest` has just done it
-    refuse_changes(state["config"], self.config.to_dict(), self.directory)
+    refuse_changes(state["settings"], self.settings(), self.directory)
     self.stage.model.load_state_dict(parts["model"])
     self.ema.load_state_dict(parts["ema"])
     checkpoint.restore_optimizer(self.optimizer, self.stage.model, parts["optimizer"], state["optimizer"])
@@ -217,7 +223,7 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
     return True
 
-# %% ../../nbs/43_train.trainer.ipynb #b207f257
+# %% ../../nbs/43_train.trainer.ipynb #c1301647
 @patch
 def log(self: Trainer) -> dict:  # the row
     "Append a row to `metrics.jsonl`"
@@ -240,16 +246,20 @@ def sample(self: Trainer):
 
 
 @patch
-def finish(self: Trainer):
+def finish(
+    self: Trainer,
+    complete: bool  # False: stopped on the way; the model is exported only when it is complete
+):
     "Save, export the averaged weights to `model/` and draw the loss curve"
     self.save()
     if is_main(self.world):
-        with self.ema.swapped(): self.stage.export(self.config.run / "model")
+        if complete:
+            with self.ema.swapped(): self.stage.export(self.config.run / "model")
         log = self.directory / "metrics.jsonl"
         if log.exists() and log.stat().st_size: viz.curve(log, out=self.directory / "loss.png")
     barrier()
 
-# %% ../../nbs/43_train.trainer.ipynb #55c6ec12
+# %% ../../nbs/43_train.trainer.ipynb #86ecf140
 @patch
 def finished(self: Trainer) -> bool:
     "Return whether the steps or the minutes are used up"
@@ -261,7 +271,7 @@ def progress(self: Trainer) -> tqdm:
     "Return the progress bar: steps, or seconds where minutes end the run first"
     timed = self.minutes is not None
     unit = dict(total=round(60 * self.minutes), unit="s") if timed else dict(total=self.recipe.steps, unit="step")
-    shape = "{desc} {percentage:3.0f}% |{bar}| {postfix} [{elapsed} gone, {remaining} left]"
+    shape = "{desc} {percentage:3.0f}% |{bar}| [{elapsed} gone, {remaining} left{postfix}]"
     return tqdm(desc=f"{self.stage.name:11}", initial=min(round(self.seconds), unit["total"]) if timed else self.step, bar_format=shape,
                 disable=not is_main(self.world), dynamic_ncols=True, **unit)
 
@@ -279,7 +289,7 @@ def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was 
             self.tick(bar)
             stopped = agree(stop())
     if not stopped: self.sample()
-    self.finish()
+    self.finish(complete=not stopped)
     return not stopped
 
 
