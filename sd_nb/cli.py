@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'file_name', 'Generate', 'check_local', 'train', 'run_command', 'main', 'usage']
 
-# %% ../nbs/53_cli.ipynb #b5ee1f2e
+# %% ../nbs/53_cli.ipynb #92de85a8
 import re
 import sys
 from dataclasses import dataclass
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from fastcore.basics import patch
+from PIL.Image import Image
 from tqdm import tqdm
 
 from . import viz
 from .config import one_line_errors, parse
 from .demo import Demo, check_prompt, check_writable, save_picture
 
-# %% ../nbs/53_cli.ipynb #3a72105c
+# %% ../nbs/53_cli.ipynb #fc879a5c
 def file_name(
     prompt: str,  # any text
     seed: int  # of the picture
@@ -28,7 +30,7 @@ def file_name(
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
     return f"{slug or 'picture'}-{seed}.png"
 
-# %% ../nbs/53_cli.ipynb #4fc11f0c
+# %% ../nbs/53_cli.ipynb #c1c51a39
 @dataclass(frozen=True)
 class Generate:
     "Draw pictures from a prompt and save them as PNG files that carry their settings"
@@ -54,34 +56,47 @@ class Generate:
         check_local(self.model)
         pipe = StableDiffusion.from_pretrained(self.model)
         check_prompt(self.prompt, pipe.tokenizer)
-        pipe.denoise(self.prompt, self.negative, seed=self.seed, **self.settings())  # checks them all before anything is written
+        pipe.denoise(self.prompt, self.negative, seed=self.seed, **self.settings())  # checks before anything is written
         check_writable(self.out)
-        pictures = [self.draw(pipe, self.seed + i, path) for i, path in enumerate(tqdm(paths, desc="pictures", disable=self.n == 1))]
-        if self.grid: print(save_picture(viz.grid(pictures), sheet, self.prompt, self.negative, **self.about(pictures[0], self.seed)))
+        bar = tqdm(paths, desc="pictures", disable=self.n == 1)
+        pictures = [self.draw(pipe, self.seed + i, path) for i, path in enumerate(bar)]
+        if self.grid: self.save(viz.grid(pictures), sheet, self.seed)
         return 0
 
-    def files(self) -> tuple[list[Path], Path]:  # the pictures, and the grid
-        "Name the files, and refuse to overwrite"
-        if self.n < 1: raise ValueError(f"--n {self.n} must be at least 1")
-        paths = [self.out / file_name(self.prompt, self.seed + i) for i in range(self.n)]
-        sheet = paths[0].with_name(f"{paths[0].stem}-grid-{self.n}.png")
-        taken = [path for path in [*paths, sheet][: self.n + self.grid] if path.exists()]
-        if taken and not self.force: raise ValueError(f"{taken[0]} is already there: --force overwrites, --seed or --out choose another name")
-        return paths, sheet
+# %% ../nbs/53_cli.ipynb #f9d92859
+@patch
+def files(self: Generate) -> tuple[list[Path], Path]:  # the pictures, and the grid
+    "Name the files, and refuse to overwrite"
+    if self.n < 1: raise ValueError(f"--n {self.n} must be at least 1")
+    paths = [self.out / file_name(self.prompt, self.seed + i) for i in range(self.n)]
+    sheet = paths[0].with_name(f"{paths[0].stem}-grid-{self.n}.png")
+    taken = [path for path in [*paths, sheet][: self.n + self.grid] if path.exists()]
+    if taken and not self.force:
+        raise ValueError(f"{taken[0]} is already there: --force overwrites, --seed or --out choose another name")
+    return paths, sheet
 
-    def settings(self) -> dict:  # arguments of the pipeline
-        "Return what every picture of this command shares"
-        return dict(steps=self.steps, guidance=self.guidance, sampler=self.sampler, height=self.height, width=self.width)
 
-    def draw(self, pipe, seed: int, path: Path):  # the picture
-        "Draw one picture and save it at once"
-        picture = pipe(self.prompt, self.negative, seed=seed, progress=self.n == 1, **self.settings())[0]
-        tqdm.write(str(save_picture(picture, path, self.prompt, self.negative, **self.about(picture, seed))))
-        return picture
+@patch
+def settings(self: Generate) -> dict:  # arguments of the pipeline
+    "Return what every picture of this command shares"
+    size = dict(height=self.height, width=self.width)
+    return dict(steps=self.steps, guidance=self.guidance, sampler=self.sampler, **size)
 
-    def about(self, picture, seed: int) -> dict:  # in the order that viewers expect
-        "Name the settings of a picture the way common viewers do"
-        return {"Steps": self.steps, "Sampler": self.sampler, "CFG scale": self.guidance, "Seed": seed, "Size": "{}x{}".format(*picture.size), "Model": self.model}
+# %% ../nbs/53_cli.ipynb #2ad8e415
+@patch
+def save(self: Generate, picture: Image, path: Path, seed: int):
+    "Save a picture with its settings under the names that viewers know, and say where"
+    about = {"Steps": self.steps, "Sampler": self.sampler, "CFG scale": self.guidance, "Seed": seed,
+             "Size": "{}x{}".format(*picture.size), "Model": self.model}
+    tqdm.write(str(save_picture(picture, path, self.prompt, self.negative, **about)))
+
+
+@patch
+def draw(self: Generate, pipe, seed: int, path: Path) -> Image:
+    "Draw one picture and save it at once"
+    picture = pipe(self.prompt, self.negative, seed=seed, progress=self.n == 1, **self.settings())[0]
+    self.save(picture, path, seed)
+    return picture
 
 
 def check_local(
@@ -91,9 +106,9 @@ def check_local(
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) != 2
     if looks_local and not path.is_dir():
-        raise FileNotFoundError(f"no model directory at {model}: `sd-nb demo` trains one in runs/demo/model, --model names another")
+        raise FileNotFoundError(f"no model directory at {model}: `sd-nb demo` trains one, --model names another")
 
-# %% ../nbs/53_cli.ipynb #ed040550
+# %% ../nbs/53_cli.ipynb #0cb7d980
 def train(
     args: list[str],  # a preset and flags
     prog: str  # as the user typed it
@@ -110,10 +125,11 @@ def run_command(
     "Run one command; a mistake raises a ValueError or an OSError"
     prog = f"sd-nb {name}"
     if name == "train": return train(args, prog)
-    if name not in COMMANDS: raise ValueError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)} (see sd-nb --help)")
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)} (see sd-nb --help)")
     return parse(COMMANDS[name], args, prog).run()
 
-
+# %% ../nbs/53_cli.ipynb #52fb30f9
 COMMANDS = dict(demo=Demo, generate=Generate, train=train)
 
 
@@ -131,5 +147,5 @@ def main(
 def usage() -> str:  # a few lines
     "Say what `sd-nb` can do"
     lines = [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
-    return "\n".join(["usage: sd-nb COMMAND [OPTIONS]", "", "Stable Diffusion from scratch: train it, draw with it.", "", *lines, "",
-                      "sd-nb COMMAND --help explains a command. Start with: sd-nb demo"])
+    head = ["usage: sd-nb COMMAND [OPTIONS]", "", "Stable Diffusion from scratch: train it, draw with it.", ""]
+    return "\n".join([*head, *lines, "", "sd-nb COMMAND --help explains a command. Start with: sd-nb demo"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_prompt', 'save_picture', 'training_command', 'run_and_wait', 'check_writable', 'Demo', 'summary']
 
-# %% ../nbs/52_demo.ipynb #1acc4dc2
+# %% ../nbs/52_demo.ipynb #27983f7a
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,22 +18,23 @@ from PIL.PngImagePlugin import PngInfo
 
 from .model.tokenizer import Tokenizer
 
-# %% ../nbs/52_demo.ipynb #5bc59af4
+# %% ../nbs/52_demo.ipynb #3469f9d4
 def check_prompt(
     prompt: str,  # what the user typed
     tokenizer: Tokenizer | None = None  # of the model that shall draw it; None: check only what needs none
 ) -> str:  # the same
     "Raise a ValueError that says in one line why `prompt` cannot be drawn"
     short = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    if not prompt.strip(): raise ValueError("the prompt is empty: say what to draw, for example \"red apple, flat style\"")
-    if not any(c.isalnum() for c in prompt): raise ValueError(f"prompt {short!r} holds no words: write what it should show in letters")
+    if not prompt.strip(): raise ValueError("the prompt is empty: say what to draw, such as \"red apple, flat style\"")
+    if not any(c.isalnum() for c in prompt):
+        raise ValueError(f"prompt {short!r} holds no words: write what it should show in letters")
     if tokenizer is None: return prompt
-    if tokenizer.count(prompt) > tokenizer.window:
-        raise ValueError(f"prompt {short!r} is {tokenizer.count(prompt)} tokens long and the model reads {tokenizer.window}: shorten it")
+    n, window = tokenizer.count(prompt), tokenizer.window
+    if n > window: raise ValueError(f"prompt {short!r} is {n} tokens long and the model reads {window}: shorten it")
     if not tokenizer.knows(prompt): raise ValueError(f"prompt {short!r} holds no word that the model's tokenizer knows")
     return prompt
 
-# %% ../nbs/52_demo.ipynb #72a4fb3f
+# %% ../nbs/52_demo.ipynb #d1ca317e
 def save_picture(
     picture: Image,  # what was drawn
     path: Path,  # where to write it, ending in .png
@@ -50,16 +51,18 @@ def save_picture(
     picture.save(temporary, format="PNG", pnginfo=info)
     return temporary.replace(path)
 
-# %% ../nbs/52_demo.ipynb #c4d8cf61
+# %% ../nbs/52_demo.ipynb #5212f861
 def training_command(
     run: Path,  # run directory
     minutes: float,  # training time of the three stages together
     processes: int = 1,  # that share each batch
-    seed: int = 0  # of the run
+    seed: int = 0,  # of the run
+    data: Path | None = None  # shards; None: the embedded emoji
 ) -> list[str]:  # words of the command
     "Return the `torchrun` line that trains `tiny`"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, "-m", "sd_nb.train", "--", "tiny", "--run", str(run), "--minutes", str(minutes), "--seed", str(seed)]
+    flags = ["--run", run, "--minutes", minutes, "--seed", seed, *(["--data", data] if data else [])]
+    return [*launcher, "-m", "sd_nb.train", "--", "tiny", *map(str, flags)]
 
 
 def run_and_wait(
@@ -71,7 +74,7 @@ def run_and_wait(
         try: return process.wait()
         except KeyboardInterrupt: print("\nstopping: finishing the step and saving a checkpoint ...", file=sys.stderr)
 
-# %% ../nbs/52_demo.ipynb #5b3f42dd
+# %% ../nbs/52_demo.ipynb #e6118955
 def check_writable(
     directory: Path  # that shall be written to; made when it is missing
 ) -> Path:  # the same
@@ -82,41 +85,47 @@ def check_writable(
     probe.unlink()
     return directory
 
-
+# %% ../nbs/52_demo.ipynb #587f12ea
 @dataclass(frozen=True)
 class Demo:
     "Train the tiny model on the embedded emoji for a few minutes, then draw a prompt with it"
     prompt: str = "red apple, flat style"  # what to draw after training
     minutes: float = 5.0  # training time of the three networks together
-    run_directory: Annotated[Path, tyro.conf.arg(name="run")] = Path("runs/demo")  # the same command on it resumes or, when it is complete, only draws
+    run_directory: Annotated[Path, tyro.conf.arg(name="run")] = Path("runs/demo")  # the same command on it resumes
+    data: Path | None = None  # folder of WebDataset shards to train on; default: the emoji that the package carries
     processes: int = 1  # training processes that share each batch
     seed: int = 0  # of the run and of the picture
 
     def run(self) -> int:  # exit code
         "Check, train, draw, and say where everything is"
-        from sd_nb.pipeline import StableDiffusion
         check_prompt(self.prompt)
         for name in ("minutes", "processes"):
             if not getattr(self, name) > 0: raise ValueError(f"--{name} {getattr(self, name)} must be positive")
         directory = check_writable(self.run_directory)
-        code = run_and_wait(training_command(directory, self.minutes, self.processes, self.seed))
-        if code:
-            print(f"training stopped (exit code {code}): the same command resumes from {directory}", file=sys.stderr)
-            return code
+        code = run_and_wait(training_command(directory, self.minutes, self.processes, self.seed, self.data))
+        if code: print(f"training stopped (exit code {code}): the same command resumes {directory}", file=sys.stderr)
+        else: print(summary(directory, self.draw(directory)))
+        return code
+
+    def draw(
+        self,
+        directory: Path  # a complete run
+    ) -> Path:  # the picture
+        "Draw the prompt with the run's model"
+        from sd_nb.pipeline import StableDiffusion
         pipe = StableDiffusion.from_pretrained(directory / "model")
         check_prompt(self.prompt, pipe.tokenizer)
         settings = dict(steps=20, guidance=4.0, sampler="dpmpp_2m", seed=self.seed)
-        picture = save_picture(pipe(self.prompt, **settings)[0], directory / "prompt.png", self.prompt, **settings)
-        print(summary(directory, picture))
-        return 0
+        return save_picture(pipe(self.prompt, **settings)[0], directory / "prompt.png", self.prompt, **settings)
 
-
+# %% ../nbs/52_demo.ipynb #fa6be30e
 def summary(
     run: Path,  # run directory
     picture: Path  # what was drawn
 ) -> str:  # a line for each
     "Say where everything is"
     newest = {name: max((run / name).iterdir(), default="none") for name in ("samples", "checkpoints")}
-    rows = {"your prompt": picture, "sample grid": newest["samples"], "loss curve": run / "loss.png", "metrics": run / "metrics.jsonl",
-            "checkpoint": newest["checkpoints"], "model": run / "model"}
-    return "\n".join(f"{name:12} {where}" for name, where in rows.items()) + f"\n\ndraw more: sd-nb generate \"blue heart, noto style\" --model {run / 'model'}"
+    rows = {"your prompt": picture, "sample grid": newest["samples"], "loss curve": run / "loss.png",
+            "metrics": run / "metrics.jsonl", "checkpoint": newest["checkpoints"], "model": run / "model"}
+    more = f"draw more: sd-nb generate \"blue heart, noto style\" --model {run / 'model'}"
+    return "\n".join([*(f"{name:12} {where}" for name, where in rows.items()), "", more])

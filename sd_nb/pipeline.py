@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'make_schedule', 'draw_noise', 'pick_device', 'to_images', 'Networks', 'StableDiffusion']
 
-# %% ../nbs/51_pipeline.ipynb #08459f0e
+# %% ../nbs/51_pipeline.ipynb #9646a1df
 import math, operator, warnings
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from .diffusion.noise import NoiseSchedule, linear_betas, rescale_zero_terminal_
 from .diffusion.samplers import SAMPLERS, State
 from .interop import Parts, Sampling, fetch, load_diffusers, save_diffusers
 
-# %% ../nbs/51_pipeline.ipynb #79b66e3c
+# %% ../nbs/51_pipeline.ipynb #52ac6a6a
 def make_schedule(
     s: Sampling,       # how the UNet was trained
 ) -> NoiseSchedule:    # its noise levels
@@ -31,7 +32,7 @@ def make_schedule(
     betas = dict(linear=linear_betas, scaled_linear=scaled_linear_betas)[s.beta_kind](s.T, s.beta_start, s.beta_end)
     return NoiseSchedule(rescale_zero_terminal_snr(betas) if s.zero_snr else betas)
 
-# %% ../nbs/51_pipeline.ipynb #4e3508c8
+# %% ../nbs/51_pipeline.ipynb #87e19d1b
 def draw_noise(
     shape: tuple[int, int, int],         # (c, h, w) of one latent
     generators: list[torch.Generator],   # b of them, one per picture
@@ -39,7 +40,7 @@ def draw_noise(
     "Draw each picture's noise from its own generator, so that its neighbours in the batch do not matter"
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
-# %% ../nbs/51_pipeline.ipynb #8682b41d
+# %% ../nbs/51_pipeline.ipynb #c6335451
 def pick_device(
     device: str | torch.device | None = None,  # None: the GPU if there is one
     dtype: torch.dtype | None = None,          # None: float32
@@ -52,7 +53,7 @@ def pick_device(
         dtype = None
     return device, dtype or torch.float32
 
-# %% ../nbs/51_pipeline.ipynb #a44e82f6
+# %% ../nbs/51_pipeline.ipynb #8f8e3117
 def _whole(name, value, low, high):
     "A whole number within bounds"
     try: value = operator.index(value)
@@ -78,7 +79,7 @@ def _side(name, value, factor):
     if value != low: raise ValueError(f"{name} {value} is not divisible by {factor}: try {low} or {low + factor}")
     return value
 
-# %% ../nbs/51_pipeline.ipynb #de65a16c
+# %% ../nbs/51_pipeline.ipynb #65128fa4
 def to_images(
     x: Tensor,      # `(b, 3, H, W)` pictures in about [-1, 1]
     output: str,    # "pil" or "np"
@@ -89,7 +90,7 @@ def to_images(
         raise ValueError("the model drew NaN instead of a picture: damaged weights, or an overflow in half precision")
     return x if output == "np" else [Image.fromarray(o) for o in (x * 255).round().astype(np.uint8)]
 
-# %% ../nbs/51_pipeline.ipynb #7ad28cb4
+# %% ../nbs/51_pipeline.ipynb #4fc7d3af
 class Networks:
     "Hold the parts of a latent diffusion model: open, place, save them, and enter and leave latent space"
 
@@ -117,118 +118,39 @@ class Networks:
         device, dtype = pick_device(device, dtype)
         return cls(load_diffusers(fetch(path_or_repo, revision), dtype), device, dtype)
 
-    @classmethod
-    def embedded(
-        cls,
-        device: str | torch.device | None = None,  # None: the GPU if there is one
-        dtype: torch.dtype | None = None,          # precision of the networks; None: float32
-    ) -> "StableDiffusion":                        # ready to draw
-        "Open the small model that the package carries"
-        directory = Path(str(files("sd_nb"))) / "assets" / "model"
-        if not (directory / "model_index.json").is_file():
-            raise FileNotFoundError("this installation of sd_nb carries no trained model: train one with `sd-nb demo`")
-        return cls.from_pretrained(directory, device, dtype)
+# %% ../nbs/51_pipeline.ipynb #7ee201b2
+@patch(as_prop=True)
+def factor(self: Networks) -> int:
+    "What the sides of a picture must divide by: all halvings of autoencoder and UNet."
+    return self.autoencoder.factor * self.unet.factor
 
-    def save_pretrained(
-        self,
-        directory: str | Path,  # made when it is not there
-    ):
-        "Save as a pipeline directory that this class and diffusers' `StableDiffusionPipeline` open"
-        save_diffusers(directory, self.parts)
 
-    @property
-    def factor(self) -> int:
-        "What the sides of a picture must divide by: all halvings of autoencoder and UNet."
-        return self.autoencoder.factor * self.unet.factor
+@patch
+@torch.no_grad()
+def encode(
+    self: Networks,
+    texts: list[str],  # b texts
+) -> Tensor:           # `(b, n, d)` what the UNet listens to
+    "Turn texts into one vector per token"
+    return self.text_encoder(self.tokenizer(texts).to(self.device))
 
-    @torch.no_grad()
-    def encode(
-        self,
-        texts: list[str],  # b texts
-    ) -> Tensor:           # `(b, n, d)` what the UNet listens to
-        "Turn texts into one vector per token"
-        return self.text_encoder(self.tokenizer(texts).to(self.device))
 
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: Tensor,      # `(b, c, h, w)` as the UNet sees them
-        output: str = "pil",  # or "np"
-    ):                        # list of b PIL pictures, or float32 `(b, H, W, 3)` in [0, 1]
-        "Unfold latents into pictures"
-        z = latents.to(self.device, self.dtype) / self.autoencoder.config.scale
-        return to_images(self.autoencoder.decode(z), output)
+@patch
+@torch.no_grad()
+def decode(
+    self: Networks,
+    latents: Tensor,      # `(b, c, h, w)` as the UNet sees them
+    output: str = "pil",  # or "np"
+):                        # list of b PIL pictures, or float32 `(b, H, W, 3)` in [0, 1]
+    "Unfold latents into pictures"
+    z = latents.to(self.device, self.dtype) / self.autoencoder.config.scale
+    return to_images(self.autoencoder.decode(z), output)
 
-# %% ../nbs/51_pipeline.ipynb #ae8d65af
+# %% ../nbs/51_pipeline.ipynb #27e67c2d
 OUTPUTS = ("pil", "np", "latent")
 
 class StableDiffusion(Networks):
     "Draw pictures from words with a latent diffusion model (High-Resolution Image Synthesis, fig. 3)"
-
-    def noise(
-        self,
-        n: int = 1,                # pictures
-        seed: int = 0,             # of the first picture; the next ones count on
-        height: int | None = None, # in pixels; None: the size the model was trained at
-        width: int | None = None,  # in pixels
-    ) -> Tensor:                   # `(n, c, h, w)` on the CPU
-        "Draw the noise that pictures with these seeds start from"
-        return draw_noise(self._shape(height, width), self._generators(seed, n))
-
-    def _shape(self, height, width):
-        sides = [_side(name, self.sampling.size if side is None else side, self.factor)
-                 for name, side in (("height", height), ("width", width))]
-        return (self.unet.config.c_in, *(side // self.autoencoder.factor for side in sides))
-
-    def _generators(self, seed, n):
-        seed = _whole("seed", seed, 0, 2**63 - 1)
-        return [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: the same on every device
-
-    def _start(self, latents, n, height, width, generators):
-        if latents is None: return draw_noise(self._shape(height, width), generators)
-        if not isinstance(latents, Tensor) or latents.ndim != 4:
-            raise ValueError("latents must be a tensor (b, c, h, w)")
-        height, width = (side * self.autoencoder.factor if given is None else given
-                         for given, side in zip((height, width), latents.shape[2:]))
-        want = (n, *self._shape(height, width))
-        if latents.shape != want:
-            raise ValueError(f"latents {tuple(latents.shape)} should be {want} for these prompts and this size")
-        if not latents.isfinite().all(): raise ValueError("latents hold NaN or infinity")
-        draw_noise(want[1:], generators)  # what comes after the start is the same, wherever the start came from
-        return latents.detach().float()
-
-    def denoise(
-        self,
-        prompt: str | list[str],                # what to draw
-        negative_prompt: str | list[str] = "",  # what to stay away from; one for all, or one each
-        steps: int = 20,                        # how often to ask the UNet
-        guidance: float = 7.5,                  # 1: the prompt as it is; above: more of it
-        sampler: str = "dpmpp_2m",              # a key of `SAMPLERS`
-        seed: int = 0,                          # of the first picture; picture i uses seed + i
-        height: int | None = None,              # in pixels; None: the size the model was trained at
-        width: int | None = None,               # in pixels
-        latents: Tensor | None = None,          # `(b, c, h, w)` initial noise, instead of the seed's
-    ) -> Iterator[State]:                       # one state per step: `x` and `x0` are latents `(b, c, h, w)`
-        "Check everything, then return the walk from noise to latent, to be iterated"
-        prompts, negatives = (_texts(*o, self.tokenizer)
-                              for o in (("prompt", prompt), ("negative_prompt", negative_prompt)))
-        n, s = len(prompts), self.sampling
-        if len(negatives) not in (1, n): raise ValueError(f"{len(negatives)} negative prompts do not fit {n} prompts")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        if not (isinstance(guidance, (int, float)) and 0 <= guidance < math.inf):
-            raise ValueError(f"guidance must be a number from 0 upwards, not {guidance!r}")
-        ts = timesteps(_whole("steps", steps, 1, s.T), s.T, s.spacing, s.offset)
-        generators = self._generators(seed, n)
-        x = self._start(latents, n, height, width, generators).to(self.device)
-        uncond = None if guidance == 1 else self.encode(negatives)
-        model = guided(self._predict, self.encode(prompts), uncond, guidance, s.prediction, self.schedule)
-        walk = SAMPLERS[sampler]
-        if sampler == "ddim" and not s.set_alpha_to_one: walk = partial(walk, abar_end=float(self.schedule.abar[0]))
-        return walk(model, x, self.schedule, ts, generator=generators)
-
-    def _predict(self, x, t, context):
-        return self.unet(x.to(self.dtype), t, context).float()  # the sampler's sums stay in float32
 
     def __call__(
         self,
@@ -249,3 +171,108 @@ class StableDiffusion(Networks):
         walk = self.denoise(prompt, negative_prompt, steps, guidance, sampler, seed, height, width, latents)
         for state in tqdm(walk, total=steps, desc="drawing", disable=not progress): pass
         return state.x if output == "latent" else self.decode(state.x, output)
+
+# %% ../nbs/51_pipeline.ipynb #9d06b3c6
+@patch
+def noise(
+    self: StableDiffusion,
+    n: int = 1,                # pictures
+    seed: int = 0,             # of the first picture; the next ones count on
+    height: int | None = None, # in pixels; None: the size the model was trained at
+    width: int | None = None,  # in pixels
+) -> Tensor:                   # `(n, c, h, w)` on the CPU
+    "Draw the noise that pictures with these seeds start from"
+    return draw_noise(self._shape(height, width), self._generators(seed, n))
+
+
+@patch
+def _shape(self: StableDiffusion, height, width):
+    sides = [_side(name, self.sampling.size if side is None else side, self.factor)
+             for name, side in (("height", height), ("width", width))]
+    return (self.unet.config.c_in, *(side // self.autoencoder.factor for side in sides))
+
+
+@patch
+def _generators(self: StableDiffusion, seed, n):
+    seed = _whole("seed", seed, 0, 2**63 - 1)
+    return [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: the same on every device
+
+# %% ../nbs/51_pipeline.ipynb #79cba481
+@patch
+def _start(self: StableDiffusion, latents, n, height, width, generators):
+    if latents is None: return draw_noise(self._shape(height, width), generators)
+    if not isinstance(latents, Tensor) or latents.ndim != 4:
+        raise ValueError("latents must be a tensor (b, c, h, w)")
+    height, width = (side * self.autoencoder.factor if given is None else given
+                     for given, side in zip((height, width), latents.shape[2:]))
+    want = (n, *self._shape(height, width))
+    if latents.shape != want:
+        raise ValueError(f"latents {tuple(latents.shape)} should be {want} for these prompts and this size")
+    if not latents.isfinite().all(): raise ValueError("latents hold NaN or infinity")
+    draw_noise(want[1:], generators)  # what comes after the start is the same, wherever the start came from
+    return latents.detach().float()
+
+# %% ../nbs/51_pipeline.ipynb #393faeb1
+@patch
+def _guided(self: StableDiffusion, prompts, negatives, guidance):
+    "The UNet, listening to the prompts and away from the negative ones"
+    def _predict(x, t, context): return self.unet(x.to(self.dtype), t, context).float()
+    uncond = None if guidance == 1 else self.encode(negatives)
+    return guided(_predict, self.encode(prompts), uncond, guidance, self.sampling.prediction, self.schedule)
+
+
+@patch
+def _sampler(self: StableDiffusion, name):
+    "The sampler of this name, set to end where the model was trained to end"
+    if name not in SAMPLERS: raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    if name != "ddim" or self.sampling.set_alpha_to_one: return SAMPLERS[name]
+    return partial(SAMPLERS[name], abar_end=float(self.schedule.abar[0]))
+
+# %% ../nbs/51_pipeline.ipynb #f2d74f6d
+@patch
+def denoise(
+    self: StableDiffusion,
+    prompt: str | list[str],                # what to draw
+    negative_prompt: str | list[str] = "",  # what to stay away from; one for all, or one each
+    steps: int = 20,                        # how often to ask the UNet
+    guidance: float = 7.5,                  # 1: the prompt as it is; above: more of it
+    sampler: str = "dpmpp_2m",              # a key of `SAMPLERS`
+    seed: int = 0,                          # of the first picture; picture i uses seed + i
+    height: int | None = None,              # in pixels; None: the size the model was trained at
+    width: int | None = None,               # in pixels
+    latents: Tensor | None = None,          # `(b, c, h, w)` initial noise, instead of the seed's
+) -> Iterator[State]:                       # one state per step: `x` and `x0` are latents `(b, c, h, w)`
+    "Check everything, then return the walk from noise to latent, to be iterated"
+    prompts, negatives = (_texts(*o, self.tokenizer)
+                          for o in (("prompt", prompt), ("negative_prompt", negative_prompt)))
+    if len(negatives) not in (1, len(prompts)):
+        raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} prompts")
+    walk, s = self._sampler(sampler), self.sampling
+    if not (isinstance(guidance, (int, float)) and 0 <= guidance < math.inf):
+        raise ValueError(f"guidance must be a number from 0 upwards, not {guidance!r}")
+    ts = timesteps(_whole("steps", steps, 1, s.T), s.T, s.spacing, s.offset)
+    generators = self._generators(seed, len(prompts))
+    x = self._start(latents, len(prompts), height, width, generators).to(self.device)
+    return walk(self._guided(prompts, negatives, guidance), x, self.schedule, ts, generator=generators)
+
+# %% ../nbs/51_pipeline.ipynb #d96729ad
+@patch
+def save_pretrained(
+    self: Networks,
+    directory: str | Path,  # made when it is not there
+):
+    "Save as a pipeline directory that this class and diffusers' `StableDiffusionPipeline` open"
+    save_diffusers(directory, self.parts)
+
+
+@patch(cls_method=True)
+def embedded(
+    cls: Networks,
+    device: str | torch.device | None = None,  # None: the GPU if there is one
+    dtype: torch.dtype | None = None,          # precision of the networks; None: float32
+) -> "StableDiffusion":                        # ready to draw
+    "Open the small model that the package carries"
+    directory = Path(str(files("sd_nb"))) / "assets" / "model"
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError("this installation of sd_nb carries no trained model: train one with `sd-nb demo`")
+    return cls.from_pretrained(directory, device, dtype)

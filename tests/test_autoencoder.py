@@ -93,7 +93,7 @@ def test_edge_loss():
 
 def test_loss_is_a_function_of_its_noise():
     """The same noise gives the same loss, other noise another; the parts add up; every parameter learns."""
-    model = Autoencoder(SMALL)
+    model = randomise(Autoencoder(SMALL))
     x, noise = randn(2, 3, 16, 16), randn(2, 4, 4, 4)
     loss, parts = autoencoder_loss(model, x, noise, kl_weight=1e-3, edge_weight=0.5)
     assert_close(loss, parts["recon"] + 0.5 * parts["edge"] + 1e-3 * parts["kl"])
@@ -103,6 +103,17 @@ def test_loss_is_a_function_of_its_noise():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     with pytest.raises(ValueError, match=r"noise \(2, 4, 1, 1\) .* latent \(2, 4, 4, 4\)"):
         autoencoder_loss(model, x, randn(2, 4, 1, 1))
+
+
+def test_untrained_autoencoder_is_linear_and_keeps_colours():
+    """Before training, the encoder's path averages and rotates: it is no more than shrinking, and loses no colour."""
+    torch.manual_seed(0)
+    encoder = Autoencoder(SMALL).encoder
+    h = encoder.conv_in(randn(1, 3, 16, 16))
+    for level in encoder.down:
+        h = level(h)
+    h, flat = encoder.middle(h), torch.nn.functional.avg_pool2d(randn(1, 3, 16, 16), 4)
+    assert_close(h.norm(dim=1), flat.norm(dim=1))
 
 
 def test_autoencoder_learns():

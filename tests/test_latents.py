@@ -1,7 +1,4 @@
-import json
 import os
-import shutil
-import warnings
 import numpy as np
 import pytest
 import torch

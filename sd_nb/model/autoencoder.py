@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AutoencoderConfig', 'Gaussian', 'PixelAttention', 'Middle', 'EncoderLevel', 'Encoder', 'DecoderLevel', 'Decoder',
-           'Autoencoder', 'edge_loss', 'autoencoder_loss']
+           'begin_linear', 'Autoencoder', 'edge_loss', 'autoencoder_loss']
 
-# %% ../../nbs/13_model.autoencoder.ipynb #c26366a3
+# %% ../../nbs/13_model.autoencoder.ipynb #8b73f70c
 import math
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import Attention
 from .resblock import Downsample, ResBlock, Upsample
 
-# %% ../../nbs/13_model.autoencoder.ipynb #c818b4ee
+# %% ../../nbs/13_model.autoencoder.ipynb #75dbb169
 @dataclass(frozen=True)
 class AutoencoderConfig:
     "The shape of the autoencoder; the defaults are Stable Diffusion 1.x."
@@ -41,20 +41,18 @@ class AutoencoderConfig:
         return [self.width * m for m in self.mults]
 
     def resblock(
-        self,
-        c_in: int,  # channels in
+        self, c_in: int,  # channels in
         c_out: int,  # channels out
     ) -> ResBlock:  # without time
         "Make a ResBlock of this network; 1e-6 is the epsilon of SD's autoencoder checkpoints."
         return ResBlock(c_in, c_out, groups=self.groups, eps=1e-6)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #42dafbe7
+# %% ../../nbs/13_model.autoencoder.ipynb #7e7f615f
 class Gaussian:
-    "One normal distribution per number of a latent: what the encoder believes (Auto-Encoding Variational Bayes, sec. 3)."
+    "One normal distribution per number of a latent: what the encoder believes (Auto-Encoding Variational Bayes)."
 
     def __init__(
-        self,
-        moments: Tensor,  # means, then log variances `(b, 2c, h, w)`
+        self, moments: Tensor,  # means, then log variances `(b, 2c, h, w)`
     ):
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30, 20)  # beyond this, exp() would under- or overflow in half precision
@@ -65,8 +63,7 @@ class Gaussian:
         return torch.exp(self.logvar / 2)
 
     def sample(
-        self,
-        generator: torch.Generator | None = None,  # where the randomness comes from
+        self, generator: torch.Generator | None = None,  # where the randomness comes from
     ) -> Tensor:  # `(b, c, h, w)`
         "Draw one latent, on the generator's own device so that a seed means the same everywhere."
         device = generator.device if generator else self.mean.device
@@ -77,13 +74,12 @@ class Gaussian:
         "Measure how far the belief is from a standard normal (Auto-Encoding Variational Bayes, app. B)."
         return ((self.mean**2 + self.logvar.exp() - 1 - self.logvar) / 2).sum(dim=(1, 2, 3))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #84c19490
+# %% ../../nbs/13_model.autoencoder.ipynb #36d13340
 class PixelAttention(nn.Module):
     "Let every pixel of a feature map look at all others, with one head."
 
     def __init__(
-        self,
-        c: int,  # channels
+        self, c: int,  # channels
         groups: int = 32,  # groups of the GroupNorm
     ):
         super().__init__()
@@ -91,20 +87,18 @@ class PixelAttention(nn.Module):
         self.attention = Attention(c, heads=1, bias=True)
 
     def forward(
-        self,
-        x: Tensor,  # `(b, c, h, w)`
+        self, x: Tensor,  # `(b, c, h, w)`
     ) -> Tensor:  # `(b, c, h, w)`
         "Flatten to a sequence, attend, fold back and add."
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         return x + rearrange(self.attention(h), "b (h w) c -> b c h w", h=x.shape[2])
 
-# %% ../../nbs/13_model.autoencoder.ipynb #fe715d95
+# %% ../../nbs/13_model.autoencoder.ipynb #8953c123
 class Middle(nn.Module):
     "Work at the lowest resolution: ResBlock, attention, ResBlock."
 
     def __init__(
-        self,
-        c: int,  # channels
+        self, c: int,  # channels
         config: AutoencoderConfig,  # shape of the network
     ):
         super().__init__()
@@ -113,19 +107,17 @@ class Middle(nn.Module):
         self.block2 = config.resblock(c, c)
 
     def forward(
-        self,
-        h: Tensor,  # `(b, c, h, w)`
+        self, h: Tensor,  # `(b, c, h, w)`
     ) -> Tensor:  # `(b, c, h, w)`
         "Convolve, look around, convolve."
         return self.block2(self.attention(self.block1(h)))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #75cef525
+# %% ../../nbs/13_model.autoencoder.ipynb #3c16042f
 class EncoderLevel(nn.Module):
     "Work at one resolution, then halve the sides."
 
     def __init__(
-        self,
-        c_in: int,  # channels from the level above
+        self, c_in: int,  # channels from the level above
         c_out: int,  # channels of this level
         config: AutoencoderConfig,  # shape of the network
         last: bool,  # the deepest level does not halve
@@ -136,20 +128,18 @@ class EncoderLevel(nn.Module):
         self.downsample = None if last else Downsample(c_out, asymmetric=True)
 
     def forward(
-        self,
-        h: Tensor,  # `(b, c_in, h, w)`
+        self, h: Tensor,  # `(b, c_in, h, w)`
     ) -> Tensor:  # `(b, c_out, h/2, w/2)`, or not halved in the last level
         "Run the blocks, then step down."
         for block in self.blocks: h = block(h)
         return h if self.downsample is None else self.downsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #d078cef0
+# %% ../../nbs/13_model.autoencoder.ipynb #a31d1054
 class Encoder(nn.Module):
     "Turn pictures into the moments of a latent."
 
     def __init__(
-        self,
-        config: AutoencoderConfig,  # shape of the network
+        self, config: AutoencoderConfig,  # shape of the network
     ):
         super().__init__()
         outs = config.widths
@@ -161,8 +151,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(outs[-1], 2 * config.c_latent, 3, padding=1)
 
     def forward(
-        self,
-        x: Tensor,  # pictures `(b, c_in, H, W)`
+        self, x: Tensor,  # pictures `(b, c_in, H, W)`
     ) -> Tensor:  # means and log variances `(b, 2 c_latent, h, w)`
         "Look closer, step back, again; then say what there was."
         h = self.conv_in(x)                             # (b, width, H, W)
@@ -170,13 +159,12 @@ class Encoder(nn.Module):
         h = self.middle(h)                              # (b, c, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 c_latent, h, w)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #e74fe145
+# %% ../../nbs/13_model.autoencoder.ipynb #a70781fe
 class DecoderLevel(nn.Module):
     "Work at one resolution, then double the sides."
 
     def __init__(
-        self,
-        c_in: int,  # channels from the level below
+        self, c_in: int,  # channels from the level below
         c_out: int,  # channels of this level
         config: AutoencoderConfig,  # shape of the network
         last: bool,  # the outermost level does not double
@@ -187,20 +175,18 @@ class DecoderLevel(nn.Module):
         self.upsample = None if last else Upsample(c_out)
 
     def forward(
-        self,
-        h: Tensor,  # `(b, c_in, h, w)`
+        self, h: Tensor,  # `(b, c_in, h, w)`
     ) -> Tensor:  # `(b, c_out, 2h, 2w)`, or not doubled in the last level
         "Run the blocks, then step up."
         for block in self.blocks: h = block(h)
         return h if self.upsample is None else self.upsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #b15f8b62
+# %% ../../nbs/13_model.autoencoder.ipynb #833fb7bc
 class Decoder(nn.Module):
     "Turn latents into pictures."
 
     def __init__(
-        self,
-        config: AutoencoderConfig,  # shape of the network
+        self, config: AutoencoderConfig,  # shape of the network
     ):
         super().__init__()
         outs = config.widths[::-1]
@@ -212,30 +198,53 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(outs[-1], config.c_in, 3, padding=1)
 
     def forward(
-        self,
-        z: Tensor,  # latents `(b, c_latent, h, w)`
+        self, z: Tensor,  # latents `(b, c_latent, h, w)`
     ) -> Tensor:  # pictures `(b, c_in, H, W)`
         "The encoder's way, backwards."
         h = self.middle(self.conv_in(z))                # (b, c, h, w)
         for level in self.up: h = level(h)              # larger and narrower
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, c_in, H, W)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #9996ac9d
+# %% ../../nbs/13_model.autoencoder.ipynb #bf83efa6
+@torch.no_grad()
+def _mix(conv, profile):
+    "Let a convolution blur by `profile` in both directions and rotate the channels: nothing is lost but detail"
+    mixing = nn.init.orthogonal_(torch.empty_like(conv.weight[:, :, 0, 0]))
+    profile = torch.tensor(profile, device=conv.weight.device)
+    conv.weight.copy_(mixing[:, :, None, None] * profile[:, None] * profile)
+    nn.init.zeros_(conv.bias)
+
+def begin_linear(
+    model: nn.Module,  # an untrained `Autoencoder`, changed in place
+):
+    "Start as plain shrinking and enlarging: silent branches, smooth kernels, all colours kept."
+    for part in model.modules():
+        if isinstance(part, Downsample): _mix(part.conv, [0.5, 0.5, 0.0])  # the mean of 2 x 2 pixels
+        elif isinstance(part, Upsample): _mix(part.conv, [0.25, 0.5, 0.25])
+        elif isinstance(part, PixelAttention): nn.init.zeros_(part.attention.out.weight); nn.init.zeros_(part.attention.out.bias)
+        elif isinstance(part, ResBlock):
+            nn.init.zeros_(part.conv2.weight); nn.init.zeros_(part.conv2.bias)
+            if isinstance(part.skip, nn.Conv2d): _mix(part.skip, [1.0])
+    for side in (model.encoder, model.decoder):
+        for conv in (side.conv_in, side.conv_out): _mix(conv, [0.0, 1.0, 0.0])
+    for conv in (model.quant, model.post_quant): _mix(conv, [1.0])
+    nn.init.constant_(model.quant.bias[model.config.c_latent:], -6.0)  # little doubt: a standard deviation of 0.05
+
+# %% ../../nbs/13_model.autoencoder.ipynb #69c26040
 class Autoencoder(nn.Module):
     "Pictures to latents and back (High-Resolution Image Synthesis, sec. 3.1)."
 
     def __init__(
-        self,
-        config: AutoencoderConfig,  # shape of the network
+        self, config: AutoencoderConfig,  # shape of the network
     ):
         super().__init__()
         c = config.c_latent
         self.config = config
         self.encoder = Encoder(config)
-        self.quant = nn.Conv2d(2 * c, 2 * c, 1)   # the name comes from a sibling with a codebook; here just a 1x1 convolution
+        self.quant = nn.Conv2d(2 * c, 2 * c, 1) 
         self.post_quant = nn.Conv2d(c, c, 1)
         self.decoder = Decoder(config)
-        nn.init.constant_(self.quant.bias[c:], -6.0)  # begin with little doubt (standard deviation 0.05): noise would drown the picture
+        begin_linear(self)
 
     @property
     def factor(self) -> int:
@@ -243,8 +252,7 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.config.mults) - 1)
 
     def encode(
-        self,
-        x: Tensor,  # pictures in [-1, 1] `(b, c_in, H, W)`
+        self, x: Tensor,  # pictures in [-1, 1] `(b, c_in, H, W)`
     ) -> Gaussian:  # over latents `(b, c_latent, H / factor, W / factor)`
         "Return what latent the picture may have; its sample or mean times `config.scale` is what the UNet sees."
         h, w = x.shape[-2:]
@@ -253,13 +261,12 @@ class Autoencoder(nn.Module):
         return Gaussian(self.quant(self.encoder(x)))
 
     def decode(
-        self,
-        z: Tensor,  # latents, not scaled `(b, c_latent, h, w)`
+        self, z: Tensor,  # latents, not scaled `(b, c_latent, h, w)`
     ) -> Tensor:  # pictures, near [-1, 1] `(b, c_in, h * factor, w * factor)`
         "Draw the picture of a latent."
         return self.decoder(self.post_quant(z))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #2017a965
+# %% ../../nbs/13_model.autoencoder.ipynb #564f0e12
 def edge_loss(
     error: Tensor,  # difference of two pictures `(b, c, H, W)`
     scales: int = 3,  # at how many resolutions
@@ -272,7 +279,7 @@ def edge_loss(
         error = F.avg_pool2d(error, 2)
     return loss / max(scales, 1)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #69312339
+# %% ../../nbs/13_model.autoencoder.ipynb #fe3c5ef5
 def autoencoder_loss(
     model: Autoencoder,  # what is trained
     x: Tensor,  # pictures in [-1, 1] `(b, c_in, H, W)`

@@ -6,13 +6,14 @@
 __all__ = ['BUILD', 'packed_pixels', 'splits', 'AutoencoderLoss', 'AutoencoderStage', 'latent_scale', 'CLIPLoss', 'CLIPStage',
            'DenoisingLoss', 'UNetStage', 'stages_to_train', 'is_exported', 'minutes_of', 'start_from', 'train']
 
-# %% ../../nbs/44_train.stages.ipynb #3e679d4b
+# %% ../../nbs/44_train.stages.ipynb #8785e19b
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .. import interop, viz
@@ -30,7 +31,7 @@ from ..pipeline import StableDiffusion
 from .parallel import World, barrier, gather_with_grad, is_main
 from .trainer import Draws, Trainer
 
-# %% ../../nbs/44_train.stages.ipynb #6628d956
+# %% ../../nbs/44_train.stages.ipynb #c7ddd0c9
 def packed_pixels(
     config: Config,  # the run
     world: World  # the processes
@@ -49,7 +50,7 @@ def splits(
     named = set(packed.meta["split"].to_pylist())
     return (packed.select("train"), packed.select("held_out")) if {"train", "held_out"} <= named else (packed, packed)
 
-# %% ../../nbs/44_train.stages.ipynb #d7043ade
+# %% ../../nbs/44_train.stages.ipynb #2fec86e5
 class AutoencoderLoss(nn.Module):
     "The autoencoder together with its loss"
     def __init__(self, model: Autoencoder): super().__init__(); self.model = model
@@ -80,16 +81,16 @@ class AutoencoderStage:
     @torch.no_grad()
     def preview(self, path: Path):
         "Draw held-out pictures above their reconstructions"
-        x = to_float(self.held_out[:8]).to(next(self.model.parameters()).device)
+        x = to_float(self.held_out[:7]).to(next(self.model.parameters()).device)
         y = self.model.decode(self.model.encode(x).mean)
-        viz.grid(viz.to_pil(torch.cat([x, y]).cpu()), cols=8).save(path)
+        viz.grid(viz.to_pil(torch.cat([x, y]).cpu()), cols=len(x)).save(path)
 
     def export(self, directory: Path):
         "Measure the scale of the latents and write `vae/`"
         self.model.config = replace(self.model.config, scale=latent_scale(self.model, self.pixels))
         interop.save_autoencoder(directory, self.model, self.size)
 
-# %% ../../nbs/44_train.stages.ipynb #b0d62a6e
+# %% ../../nbs/44_train.stages.ipynb #967d01ee
 @torch.no_grad()
 def latent_scale(
     model: Autoencoder,  # a trained autoencoder
@@ -98,10 +99,11 @@ def latent_scale(
 ) -> float:  # multiply latents by it and their deviation is about 1
     "Return one over the standard deviation of the latents (Rombach et al. 2022, section D.1)"
     device, rows = next(model.parameters()).device, np.arange(0, len(pixels), max(1, len(pixels) // count))
-    posteriors = [model.encode(to_float(pixels[part]).to(device)) for part in np.array_split(rows, max(1, len(rows) // 32))]
+    parts = np.array_split(rows, max(1, len(rows) // 32))
+    posteriors = [model.encode(to_float(pixels[part]).to(device)) for part in parts]
     return round(unit_scale(torch.cat([torch.cat([p.mean, p.logvar], dim=1) for p in posteriors]).cpu()), 5)
 
-# %% ../../nbs/44_train.stages.ipynb #f5c4eca3
+# %% ../../nbs/44_train.stages.ipynb #62d9b50c
 class CLIPLoss(nn.Module):
     "CLIP together with its contrastive loss over all processes"
     def __init__(self, model: CLIP): super().__init__(); self.model = model
@@ -152,7 +154,7 @@ class CLIPStage:
         interop.save_text_encoder(directory, self.model.text)
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
-# %% ../../nbs/44_train.stages.ipynb #d2a5f2fc
+# %% ../../nbs/44_train.stages.ipynb #ca94db78
 class DenoisingLoss(nn.Module):
     "The UNet together with the Min-SNR-weighted loss"
     def __init__(self, model: UNet, prediction: str, gamma: float):
@@ -160,12 +162,13 @@ class DenoisingLoss(nn.Module):
         self.model, self.prediction, self.gamma, self.schedule = model, prediction, gamma, NoiseSchedule()
 
     def forward(self, x0, noise, t, context):
-        weighted, plain = denoising_loss(self.model, self.schedule, x0, noise, t, context, kind=self.prediction, gamma=self.gamma)
+        kind, gamma = self.prediction, self.gamma
+        weighted, plain = denoising_loss(self.model, self.schedule, x0, noise, t, context, kind=kind, gamma=gamma)
         quarter = t * 4 // self.schedule.T
         bins = {f"mse_t{250 * i}": plain.where(quarter == i, torch.nan) for i in range(4)}
         return weighted.mean(), dict(mse=plain, **bins)
 
-# %% ../../nbs/44_train.stages.ipynb #0ef21666
+# %% ../../nbs/44_train.stages.ipynb #da2cee0b
 class UNetStage:
     "Learn to take noise away from latents while listening to the caption"
     name = "unet"
@@ -190,32 +193,40 @@ class UNetStage:
         self.model = UNet(config.unet)
         self.net = DenoisingLoss(self.model, config.prediction, config.gamma)
 
-    @torch.no_grad()
-    def batch(self, rows: np.ndarray, draws: Draws) -> tuple:
-        "Return latents, noise, timesteps and text vectors"
-        moments = self.latents[rows]
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        x0 = sample_latents(moments, draws.normal(*shape), self.autoencoder.config.scale)
-        noise, t = draws.normal(*shape), draws.integers(self.net.schedule.T)
-        dropped = draws.uniform() < self.config.drop_text
-        tokens = torch.where(dropped[:, None], self.empty, self.tokens[rows])
-        return x0, noise, t, self.text_encoder(tokens.to(self.device))
+# %% ../../nbs/44_train.stages.ipynb #8b1e58a7
+@patch
+@torch.no_grad()
+def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
+    "Return latents, noise, timesteps and text vectors"
+    moments = self.latents[rows]
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    x0 = sample_latents(moments, draws.normal(*shape), self.autoencoder.config.scale)
+    noise, t = draws.normal(*shape), draws.integers(self.net.schedule.T)
+    dropped = draws.uniform() < self.config.drop_text
+    tokens = torch.where(dropped[:, None], self.empty, self.tokens[rows])
+    return x0, noise, t, self.text_encoder(tokens.to(self.device))
 
-    def parts(self) -> interop.Parts:
-        "Return the whole model as it stands"
-        sampling = interop.Sampling(prediction=self.config.prediction, size=self.config.size)
-        return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, sampling)
 
-    def preview(self, path: Path):
-        "Draw the sixteen fixed prompts from fixed noise"
-        pictures = StableDiffusion(self.parts())(list(PROMPTS), steps=20, guidance=4.0, progress=False)
-        viz.grid(pictures, cols=8, labels=[p.split(",")[0] for p in PROMPTS]).save(path)
+@patch
+def parts(self: UNetStage) -> interop.Parts:
+    "Return the whole model as it stands"
+    sampling = interop.Sampling(prediction=self.config.prediction, size=self.config.size)
+    return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, sampling)
 
-    def export(self, directory: Path):
-        "Write the whole model directory"
-        interop.save_diffusers(directory, self.parts())
 
-# %% ../../nbs/44_train.stages.ipynb #e47b875f
+@patch
+def preview(self: UNetStage, path: Path):
+    "Draw the sixteen fixed prompts from fixed noise"
+    pictures = StableDiffusion(self.parts())(list(PROMPTS), steps=20, guidance=4.0, progress=False)
+    viz.grid(pictures, cols=8, labels=[p.split(",")[0] for p in PROMPTS]).save(path)
+
+
+@patch
+def export(self: UNetStage, directory: Path):
+    "Write the whole model directory"
+    interop.save_diffusers(directory, self.parts())
+
+# %% ../../nbs/44_train.stages.ipynb #2f830313
 def stages_to_train(
     config: Config  # the run
 ) -> list[str]:  # names, in order
@@ -247,11 +258,11 @@ def start_from(
     directory: Path  # a model directory
 ) -> None:
     "Load the stage's network from `directory`"
-    load = dict(autoencoder=interop.load_autoencoder, clip=interop.load_text_encoder, unet=interop.load_unet)[stage.name]
+    load = dict(autoencoder=interop.load_autoencoder, clip=interop.load_text_encoder, unet=interop.load_unet)
     target = stage.model.text if stage.name == "clip" else stage.model
-    target.load_state_dict(load(directory).state_dict())
+    target.load_state_dict(load[stage.name](directory).state_dict())
 
-# %% ../../nbs/44_train.stages.ipynb #e86dc6ff
+# %% ../../nbs/44_train.stages.ipynb #3406e3b8
 BUILD = dict(autoencoder=AutoencoderStage, clip=CLIPStage, unet=UNetStage)
 
 
@@ -260,7 +271,8 @@ def train(
     world: World  # the processes
 ) -> bool:  # whether all stages are complete (False: a stop was asked for)
     "Train the stages that `config` asks for, one after the other"
-    if config.init_from and is_main(world): interop.save_diffusers(config.run / "model", interop.load_diffusers(config.init_from))
+    if config.init_from and is_main(world):
+        interop.save_diffusers(config.run / "model", interop.load_diffusers(config.init_from))
     barrier()
     for name in stages_to_train(config):
         if name != config.stage and is_exported(name, config.run): continue

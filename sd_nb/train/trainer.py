@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'Draws', 'Stage', 'learning_rate', 'make_optimizer', 'Window', 'stop_requested', 'rewind_metrics',
            'refuse_changes', 'Trainer']
 
-# %% ../../nbs/43_train.trainer.ipynb #25e03833
+# %% ../../nbs/43_train.trainer.ipynb #9af5b9fc
 import json
 import os
 import signal
@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from . import checkpoint
 from .ema import EMA
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
 
-# %% ../../nbs/43_train.trainer.ipynb #70b1d8f0
+# %% ../../nbs/43_train.trainer.ipynb #4fe32689
 class Draws:
     "The random numbers of one step: a function of (seed, step), cut to this process's part of the batch"
     def __init__(
@@ -54,7 +55,7 @@ class Draws:
         "Draw a number between 0 and 1 for each picture"
         return torch.rand(self.batch, generator=self.generator)[self.part]
 
-# %% ../../nbs/43_train.trainer.ipynb #4f2ec390
+# %% ../../nbs/43_train.trainer.ipynb #9fda5cd1
 class Stage(Protocol):
     "What the loop needs to know about one network"
     name: str  # "autoencoder", "clip" or "unet"
@@ -62,11 +63,11 @@ class Stage(Protocol):
     net: nn.Module  # called with a batch; returns the loss and a dict of metrics, per picture or as scalars
     count: int  # number of training pictures
 
-    def batch(self, rows: np.ndarray, draws: Draws) -> tuple: "Return the arguments of `net` for these training pictures"
+    def batch(self, rows: np.ndarray, draws: Draws) -> tuple: "Return the arguments of `net` for these pictures"
     def preview(self, path: Path) -> None: "Draw what the network can do into a PNG"
     def export(self, directory: Path) -> None: "Write the network's part of a model directory"
 
-# %% ../../nbs/43_train.trainer.ipynb #07418dad
+# %% ../../nbs/43_train.trainer.ipynb #b98b6e27
 def learning_rate(
     step: int,  # number of the step, from 0
     peak: float,  # the rate after the warm-up
@@ -75,7 +76,7 @@ def learning_rate(
     "Return the learning rate: linear warm-up, then constant"
     return peak * min(1.0, (step + 1) / warmup)
 
-# %% ../../nbs/43_train.trainer.ipynb #d59eb2ee
+# %% ../../nbs/43_train.trainer.ipynb #5a2597aa
 def make_optimizer(
     model: nn.Module,  # the network
     weight_decay: float  # pull towards zero, on matrices and convolutions only
@@ -86,7 +87,7 @@ def make_optimizer(
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
 
-# %% ../../nbs/43_train.trainer.ipynb #69fe0f11
+# %% ../../nbs/43_train.trainer.ipynb #0627e2ba
 class Window:
     "Means of metrics since the last row of the log"
     def __init__(self): self.sums, self.counts = {}, {}
@@ -107,7 +108,7 @@ class Window:
         self.sums, self.counts = {}, {}
         return {name: (total / count).item() for name, (total, count) in zip(names, totals) if count}
 
-# %% ../../nbs/43_train.trainer.ipynb #e5cb9808
+# %% ../../nbs/43_train.trainer.ipynb #0c77322a
 @contextmanager
 def stop_requested():  # yields a function that returns whether a stop was asked for
     "Turn SIGINT and SIGTERM into a note that the loop reads between two steps"
@@ -121,7 +122,7 @@ def stop_requested():  # yields a function that returns whether a stop was asked
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/43_train.trainer.ipynb #283b6ca8
+# %% ../../nbs/43_train.trainer.ipynb #c31fbeab
 def rewind_metrics(
     path: Path,  # `metrics.jsonl`, which need not exist
     step: int  # the step that training resumes at
@@ -137,8 +138,9 @@ def rewind_metrics(
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
-# %% ../../nbs/43_train.trainer.ipynb #e9e83b66
-FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run", "keep", "log_every", "sample_every", "save_every"}
+# %% ../../nbs/43_train.trainer.ipynb #c71d68d1
+FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
+        "keep", "log_every", "sample_every", "save_every"}
 
 
 def refuse_changes(
@@ -148,9 +150,10 @@ def refuse_changes(
 ) -> None:
     "Raise a ValueError that names the settings in which a stored run differs from the one asked for"
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in FREE and before.get(k) != v]
-    if changed: raise ValueError(f"{directory} was trained with other settings ({'; '.join(changed)}): choose another --run or the old settings")
+    if changed: raise ValueError(f"{directory} was trained with other settings ({'; '.join(changed)}): "
+                                 "choose another --run or the old settings")
 
-# %% ../../nbs/43_train.trainer.ipynb #01566c99
+# %% ../../nbs/43_train.trainer.ipynb #6a496cf2
 class Trainer:
     "Trains one stage: `fit` runs until the steps or the minutes are used up, or until it is asked to stop"
     def __init__(
@@ -162,8 +165,8 @@ class Trainer:
     ):
         self.stage, self.config, self.world, self.minutes = stage, config, world, minutes
         self.recipe = config.recipe(stage.name)
-        if self.recipe.batch % world.size:
-            raise ValueError(f"--batch {self.recipe.batch} must be a multiple of the {world.size} processes")
+        batch = self.recipe.batch
+        if batch % world.size: raise ValueError(f"--batch {batch} must be a multiple of the {world.size} processes")
         self.directory = config.run if stage.name == "unet" else config.run / stage.name
         self.net = wrap(stage.net.to(world.device), world)
         self.parameters = [p for p in stage.model.parameters() if p.requires_grad]
@@ -171,27 +174,28 @@ class Trainer:
         self.ema = EMA(stage.model, config.ema)
         self.step, self.seconds, self.window = 0, 0.0, Window()
 
-    def step_once(self):
-        "Draw a batch, measure the loss, update weights and their average"
-        seed, batch, world = self.config.seed, self.recipe.batch, self.world
-        rows = rank_slice(batch_indices(self.step, self.stage.count, batch, seed), world.rank, world.size)
-        draws = Draws(seed, self.step, batch, world.rank, world.size)
-        for group in self.optimizer.param_groups: group["lr"] = learning_rate(self.step, self.recipe.lr, self.config.warmup)
-        loss, metrics = self.net(*[x.to(world.device) for x in self.stage.batch(rows, draws)])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm, foreach=True)
-        if not torch.isfinite(norm):
-            raise ValueError(f"the loss or its gradient is not finite at step {self.step}: try a lower --lr; {self.directory}/checkpoints is untouched")
-        self.optimizer.step()
-        self.ema.update(self.step)
-        self.step += 1
-        self.window.add(dict(loss=loss, grad_norm=norm, **metrics))
+# %% ../../nbs/43_train.trainer.ipynb #907519c9
+@patch
+def step_once(self: Trainer):
+    "Draw a batch, measure the loss, update weights and their average"
+    seed, batch, world = self.config.seed, self.recipe.batch, self.world
+    rows = rank_slice(batch_indices(self.step, self.stage.count, batch, seed), world.rank, world.size)
+    draws = Draws(seed, self.step, batch, world.rank, world.size)
+    lr = learning_rate(self.step, self.recipe.lr, self.config.warmup)
+    for group in self.optimizer.param_groups: group["lr"] = lr
+    loss, metrics = self.net(*[x.to(world.device) for x in self.stage.batch(rows, draws)])
+    self.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm, foreach=True)
+    if not torch.isfinite(norm):
+        raise ValueError(f"the loss or its gradient is not finite at step {self.step}: try a lower --lr; "
+                         f"{self.directory}/checkpoints is untouched")
+    self.optimizer.step()
+    self.ema.update(self.step)
+    self.step += 1
+    self.window.add(dict(loss=loss, grad_norm=norm, **metrics))
 
-# %% ../../nbs/43_train.trainer.ipynb #8041c703
-from fastcore.basics import patch
-
-# %% ../../nbs/43_train.trainer.ipynb #aaf059bc
+# %% ../../nbs/43_train.trainer.ipynb #bf4eb32b
 @patch
 def settings(self: Trainer) -> dict:  # JSON-ready
     "Return what this run depends on, flags and recipe merged"
@@ -223,7 +227,7 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
     return True
 
-# %% ../../nbs/43_train.trainer.ipynb #c1301647
+# %% ../../nbs/43_train.trainer.ipynb #0e24420d
 @patch
 def log(self: Trainer) -> dict:  # the row
     "Append a row to `metrics.jsonl`"
@@ -259,7 +263,7 @@ def finish(
         if log.exists() and log.stat().st_size: viz.curve(log, out=self.directory / "loss.png")
     barrier()
 
-# %% ../../nbs/43_train.trainer.ipynb #86ecf140
+# %% ../../nbs/43_train.trainer.ipynb #0b657838
 @patch
 def finished(self: Trainer) -> bool:
     "Return whether the steps or the minutes are used up"
@@ -272,10 +276,25 @@ def progress(self: Trainer) -> tqdm:
     timed = self.minutes is not None
     unit = dict(total=round(60 * self.minutes), unit="s") if timed else dict(total=self.recipe.steps, unit="step")
     shape = "{desc} {percentage:3.0f}% |{bar}| [{elapsed} gone, {remaining} left{postfix}]"
-    return tqdm(desc=f"{self.stage.name:11}", initial=min(round(self.seconds), unit["total"]) if timed else self.step, bar_format=shape,
-                disable=not is_main(self.world), dynamic_ncols=True, **unit)
+    done = min(round(self.seconds), unit["total"]) if timed else self.step
+    return tqdm(desc=f"{self.stage.name:11}", initial=done, bar_format=shape, disable=not is_main(self.world),
+                dynamic_ncols=True, **unit)
 
 
+@patch
+def tick(self: Trainer, bar: tqdm):
+    "Do one step, and what is due after it"
+    began, c = time.monotonic(), self.config
+    self.step_once()
+    self.seconds += time.monotonic() - began
+    bar.update((min(round(self.seconds), bar.total) if self.minutes else self.step) - bar.n)
+    if self.step % c.log_every == 0:
+        row = self.log()
+        bar.set_postfix_str(f"step {self.step}, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s")
+    if self.step % c.save_every == 0: self.save()
+    if self.step % c.sample_every == 0: self.sample()
+
+# %% ../../nbs/43_train.trainer.ipynb #0a3794ca
 @patch
 def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was asked to stop)
     "Train until the steps or minutes are used up; the same call on the same directory resumes"
@@ -291,17 +310,3 @@ def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was 
     if not stopped: self.sample()
     self.finish(complete=not stopped)
     return not stopped
-
-
-@patch
-def tick(self: Trainer, bar: tqdm):
-    "Do one step, and what is due after it"
-    began, c = time.monotonic(), self.config
-    self.step_once()
-    self.seconds += time.monotonic() - began
-    bar.update((min(round(self.seconds), bar.total) if self.minutes else self.step) - bar.n)
-    if self.step % c.log_every == 0:
-        row = self.log()
-        bar.set_postfix_str(f"step {self.step}, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s")
-    if self.step % c.save_every == 0: self.save()
-    if self.step % c.sample_every == 0: self.sample()
