@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'file_name', 'Generate', 'check_local', 'train', 'run_command', 'main', 'usage']
 
-# %% ../nbs/53_cli.ipynb #92de85a8
+# %% ../nbs/53_cli.ipynb #24a04a75
 import re
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from . import viz
 from .config import one_line_errors, parse
 from .demo import Demo, check_prompt, check_writable, save_picture
 
-# %% ../nbs/53_cli.ipynb #fc879a5c
+# %% ../nbs/53_cli.ipynb #27f7cc7f
 def file_name(
     prompt: str,  # any text
     seed: int  # of the picture
@@ -30,7 +30,7 @@ def file_name(
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
     return f"{slug or 'picture'}-{seed}.png"
 
-# %% ../nbs/53_cli.ipynb #c1c51a39
+# %% ../nbs/53_cli.ipynb #05aeebb0
 @dataclass(frozen=True)
 class Generate:
     "Draw pictures from a prompt and save them as PNG files that carry their settings"
@@ -63,7 +63,7 @@ class Generate:
         if self.grid: self.save(viz.grid(pictures), sheet, self.seed)
         return 0
 
-# %% ../nbs/53_cli.ipynb #f9d92859
+# %% ../nbs/53_cli.ipynb #0b47acd5
 @patch
 def files(self: Generate) -> tuple[list[Path], Path]:  # the pictures, and the grid
     "Name the files, and refuse to overwrite"
@@ -82,7 +82,7 @@ def settings(self: Generate) -> dict:  # arguments of the pipeline
     size = dict(height=self.height, width=self.width)
     return dict(steps=self.steps, guidance=self.guidance, sampler=self.sampler, **size)
 
-# %% ../nbs/53_cli.ipynb #2ad8e415
+# %% ../nbs/53_cli.ipynb #6d054940
 @patch
 def save(self: Generate, picture: Image, path: Path, seed: int):
     "Save a picture with its settings under the names that viewers know, and say where"
@@ -108,7 +108,7 @@ def check_local(
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"no model directory at {model}: `sd-nb demo` trains one, --model names another")
 
-# %% ../nbs/53_cli.ipynb #0cb7d980
+# %% ../nbs/53_cli.ipynb #1d77320f
 def train(
     args: list[str],  # a preset and flags
     prog: str  # as the user typed it
@@ -129,7 +129,7 @@ def run_command(
         raise ValueError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)} (see sd-nb --help)")
     return parse(COMMANDS[name], args, prog).run()
 
-# %% ../nbs/53_cli.ipynb #52fb30f9
+# %% ../nbs/53_cli.ipynb #285fb1d2
 COMMANDS = dict(demo=Demo, generate=Generate, train=train)
 
 

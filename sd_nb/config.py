@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'TINY', 'SMALL', 'SD1', 'PRESETS', 'PROMPTS', 'PRESET_HELP', 'Recipe', 'Config', 'check', 'count_parameters',
            'parse', 'config_from_args', 'one_line_errors']
 
-# %% ../nbs/00_config.ipynb #992579a8
+# %% ../nbs/00_config.ipynb #52de211d
 import contextlib
 import io
 import json
@@ -22,7 +22,7 @@ from .model.autoencoder import AutoencoderConfig
 from .model.clip import CLIPConfig, ImageEncoderConfig, TextEncoderConfig
 from .model.unet import UNetConfig
 
-# %% ../nbs/00_config.ipynb #c2adba0f
+# %% ../nbs/00_config.ipynb #c5b41ea3
 STAGES = ("autoencoder", "clip", "unet")  # in the order in which each needs the one before
 
 
@@ -34,7 +34,7 @@ class Recipe:
     lr: float  # learning rate of AdamW after the warm-up
     share: float  # part of a budget given in minutes
 
-# %% ../nbs/00_config.ipynb #77a3ba7b
+# %% ../nbs/00_config.ipynb #140d2262
 @dataclass(frozen=True)
 class Config:
     "Everything a training run depends on"
@@ -65,7 +65,7 @@ class Config:
     clip: CLIPConfig = CLIPConfig()
     recipes: Annotated[dict[str, Recipe], tyro.conf.Suppress] = field(default_factory=dict)  # one per stage
 
-# %% ../nbs/00_config.ipynb #c66e4a6a
+# %% ../nbs/00_config.ipynb #884841e0
 @patch
 def recipe(
     self: Config,
@@ -82,7 +82,7 @@ def to_dict(self: Config) -> dict:  # JSON-ready, paths as strings
     "Return the config as plain data, as `config.json` in a run directory holds it"
     return json.loads(json.dumps(asdict(self), default=str))
 
-# %% ../nbs/00_config.ipynb #76cd1982
+# %% ../nbs/00_config.ipynb #d5626833
 def check(
     config: Config  # the config to look at
 ) -> Config:  # the same
@@ -99,7 +99,7 @@ def check(
     if config.size % factor: raise ValueError(f"--size {config.size} must be a multiple of {factor}")
     return config
 
-# %% ../nbs/00_config.ipynb #eccfd25f
+# %% ../nbs/00_config.ipynb #ab63fa48
 TINY = Config(
     run=Path("runs/tiny"), size=64, warmup=100, ema=0.999, sample_every=500, save_every=250,
     unet=UNetConfig(
@@ -111,9 +111,9 @@ TINY = Config(
     recipes=dict(
         autoencoder=Recipe(steps=4_000, batch=8, lr=3e-3, share=0.25),
         clip=Recipe(steps=2_000, batch=64, lr=1e-3, share=0.1),
-        unet=Recipe(steps=60_000, batch=32, lr=1e-3, share=0.65)))
+        unet=Recipe(steps=120_000, batch=16, lr=1e-3, share=0.65)))
 
-# %% ../nbs/00_config.ipynb #fdeafcd6
+# %% ../nbs/00_config.ipynb #687b4039
 SMALL = Config(
     run=Path("runs/small"), size=256,
     unet=UNetConfig(width=192, mults=(1, 2, 4), attn=(True, True, True), heads=8, d_context=512),
@@ -131,7 +131,7 @@ SD1 = Config(recipes=dict(
     unet=Recipe(steps=850_000, batch=2048, lr=1e-4, share=0.7)))
 PRESETS = dict(tiny=TINY, small=SMALL, sd1=SD1)
 
-# %% ../nbs/00_config.ipynb #9c0b417f
+# %% ../nbs/00_config.ipynb #7dbfa099
 def count_parameters(
     config: Config  # the run
 ) -> dict[str, int]:  # parameters of each network
@@ -145,11 +145,11 @@ def count_parameters(
             autoencoder=Autoencoder(config.autoencoder), clip=CLIP(config.clip), unet=UNet(config.unet))
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-# %% ../nbs/00_config.ipynb #9e994146
+# %% ../nbs/00_config.ipynb #53b02cd8
 PROMPTS = tuple(f"{thing}, {style} style" for style in ("flat", "noto") for thing in (
     "red apple", "grinning face", "blue heart", "cat face", "pizza", "rocket", "evergreen tree", "soccer ball"))
 
-# %% ../nbs/00_config.ipynb #fef92282
+# %% ../nbs/00_config.ipynb #4e717340
 def parse(
     kind,  # the dataclass or function to fill from flags
     args: list[str],  # the words after the command
@@ -166,7 +166,7 @@ def parse(
     paragraphs = " ".join(line if line.strip("─-") else "\n" for line in inside).split("\n")  # rules end them
     raise ValueError(f"{next(p.strip() for p in paragraphs if p.strip())} (see {prog} --help)") from None
 
-# %% ../nbs/00_config.ipynb #40e29e47
+# %% ../nbs/00_config.ipynb #f1cb9a34
 def config_from_args(
     args: list[str],  # a preset's name, then flags
     prog: str  # the command as the user typed it
@@ -181,7 +181,7 @@ def config_from_args(
 
 PRESET_HELP = f"Train a model. PRESET is one of {', '.join(PRESETS)}; the defaults shown are those of tiny."
 
-# %% ../nbs/00_config.ipynb #5e60ecba
+# %% ../nbs/00_config.ipynb #42d5e4ca
 @contextlib.contextmanager
 def one_line_errors(
     prog: str  # name of the command, printed before the message

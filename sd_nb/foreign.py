@@ -9,7 +9,7 @@ __all__ = ['RESBLOCK_NAMES', 'ATTENTION_NAMES', 'LEVEL_NAMES', 'UNET_NAMES', 'AU
            'write_unet_config', 'read_unet_config', 'write_autoencoder_config', 'read_autoencoder_config',
            'write_text_config', 'read_text_config', 'Sampling', 'write_sampling_config', 'read_sampling']
 
-# %% ../nbs/50a_foreign.ipynb #75b8e5a8
+# %% ../nbs/50a_foreign.ipynb #229118b5
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .model.autoencoder import AutoencoderConfig
 from .model.clip import TextEncoderConfig
 from .model.unet import UNetConfig
 
-# %% ../nbs/50a_foreign.ipynb #c95f99f3
+# %% ../nbs/50a_foreign.ipynb #ddb1ebec
 def _translate(words, pairs):
     "Replace, from left to right, the longest known phrase by its translation; unknown words stay"
     out = []
@@ -42,11 +42,11 @@ def rename(
     pairs = sorted(((a.split("."), b.split(".")) for a, b in pairs), key=lambda p: -len(p[0]))
     return {".".join(_translate(key.split("."), pairs)): value for key, value in state.items()}
 
-# %% ../nbs/50a_foreign.ipynb #49637d03
+# %% ../nbs/50a_foreign.ipynb #86d730dc
 RESBLOCK_NAMES = {"time": "time_emb_proj", "skip": "conv_shortcut"}
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
 
-# %% ../nbs/50a_foreign.ipynb #5a2b594e
+# %% ../nbs/50a_foreign.ipynb #e288f048
 LEVEL_NAMES = {
     "down.{}.blocks.{}":     "down_blocks.{}.resnets.{}",
     "down.{}.attentions.{}": "down_blocks.{}.attentions.{}",
@@ -70,7 +70,7 @@ UNET_NAMES = {
     "feed_forward.down":     "ff.net.2",
 }
 
-# %% ../nbs/50a_foreign.ipynb #d23d4dcb
+# %% ../nbs/50a_foreign.ipynb #00ed5fdb
 AUTOENCODER_NAMES = {
     **LEVEL_NAMES, **RESBLOCK_NAMES, **ATTENTION_NAMES,
     "middle.attention.norm":      "mid_block.attentions.0.group_norm",
@@ -93,12 +93,12 @@ TEXT_NAMES = {
     "norm_out":           "text_model.final_layer_norm",
 }
 
-# %% ../nbs/50a_foreign.ipynb #b94b9143
+# %% ../nbs/50a_foreign.ipynb #a6c666d7
 OLD_AUTOENCODER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_TEXT_NAMES = {before + part: "text_model." + part for before in ("", "text_model.")
                   for part in ("embeddings", "encoder", "final_layer_norm")}
 
-# %% ../nbs/50a_foreign.ipynb #d0bb2b1b
+# %% ../nbs/50a_foreign.ipynb #c0696431
 def _settle(config, defaults, neutral, ignored=None):
     "Complete a foreign config with its library's defaults; refuse any setting that would make another network"
     for key, value in config.items():
@@ -107,7 +107,7 @@ def _settle(config, defaults, neutral, ignored=None):
         if not fits: raise ValueError(f"{key} = {value!r} is not supported")
     return defaults | config
 
-# %% ../nbs/50a_foreign.ipynb #b8a99a8e
+# %% ../nbs/50a_foreign.ipynb #77108ba5
 def _one(config, key):
     "The value of a setting that may be written once or once per level"
     value = config[key]
@@ -120,7 +120,7 @@ def _mults(widths):
     if any(w % widths[0] for w in widths): raise ValueError(f"block_out_channels {widths}: not multiples of the first")
     return tuple(w // widths[0] for w in widths)
 
-# %% ../nbs/50a_foreign.ipynb #7c26eee4
+# %% ../nbs/50a_foreign.ipynb #3ab45646
 LAYOUT = "0.35.0"  # release of diffusers whose layout we write; below 0.9, readers would overrule the picture size
 
 UNET_DEFAULTS = dict(
@@ -135,13 +135,13 @@ UNET_NEUTRAL = dict(
     attention_type="default")
 UNET_IGNORED = {"sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads"}
 
-# %% ../nbs/50a_foreign.ipynb #37b2d4b7
+# %% ../nbs/50a_foreign.ipynb #edf078e0
 def _blocks(attn):
     "Names of their blocks, down and up, for levels with and without attention"
     return (["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attn],
             ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attn)])
 
-# %% ../nbs/50a_foreign.ipynb #91d8063d
+# %% ../nbs/50a_foreign.ipynb #0dc382e4
 def write_unet_config(
     c: UNetConfig,   # ours
     side: int = 64,  # side of the latents it was trained on
@@ -156,7 +156,7 @@ def write_unet_config(
         transformer_layers_per_block=c.depth, cross_attention_dim=c.d_context, use_linear_projection=c.linear_proj,
         norm_num_groups=c.groups)
 
-# %% ../nbs/50a_foreign.ipynb #8a41ac41
+# %% ../nbs/50a_foreign.ipynb #83e37ed9
 def _heads(heads, widths):
     "Heads by number (SD 1.x) or by size (SD 2.x)"
     if not isinstance(heads, list): return dict(heads=heads)
@@ -165,7 +165,7 @@ def _heads(heads, widths):
     if len(sizes) > 1: raise ValueError(f"attention_head_dim {heads} is neither one number of heads nor one size")
     return dict(head_width=int(sizes.pop()))
 
-# %% ../nbs/50a_foreign.ipynb #e988807a
+# %% ../nbs/50a_foreign.ipynb #356cfbd1
 def read_unet_config(
     config: dict,  # theirs
 ) -> UNetConfig:   # ours
@@ -179,7 +179,7 @@ def read_unet_config(
         depth=_one(d, "transformer_layers_per_block"), d_context=_one(d, "cross_attention_dim"),
         linear_proj=d["use_linear_projection"], groups=d["norm_num_groups"], **_heads(d["attention_head_dim"], widths))
 
-# %% ../nbs/50a_foreign.ipynb #3a3f5c23
+# %% ../nbs/50a_foreign.ipynb #b2c67390
 AUTOENCODER_DEFAULTS = dict(
     _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[64],
     layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215,
@@ -200,7 +200,7 @@ def write_autoencoder_config(
         norm_num_groups=c.groups, scaling_factor=c.scale,
         down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n)
 
-# %% ../nbs/50a_foreign.ipynb #fdbb107b
+# %% ../nbs/50a_foreign.ipynb #7bf473da
 def read_autoencoder_config(
     config: dict,        # theirs
 ) -> AutoencoderConfig:  # ours
@@ -212,7 +212,7 @@ def read_autoencoder_config(
     return AutoencoderConfig(d["in_channels"], d["latent_channels"], widths[0], _mults(widths), d["layers_per_block"],
                              d["norm_num_groups"], d["scaling_factor"])
 
-# %% ../nbs/50a_foreign.ipynb #a156cd5a
+# %% ../nbs/50a_foreign.ipynb #0527ea85
 TEXT_DEFAULTS = dict(
     vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
     max_position_embeddings=77, hidden_act="quick_gelu")
@@ -228,7 +228,7 @@ def write_text_config(
         num_attention_heads=c.heads, hidden_act=c.act,
         bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1, pad_token_id=c.vocab - 1)
 
-# %% ../nbs/50a_foreign.ipynb #5af7c6b7
+# %% ../nbs/50a_foreign.ipynb #60059a5f
 def read_text_config(
     config: dict,        # theirs
 ) -> TextEncoderConfig:  # ours
@@ -239,7 +239,7 @@ def read_text_config(
     return TextEncoderConfig(d["vocab_size"], d["max_position_embeddings"], d["hidden_size"], d["num_hidden_layers"],
                              d["num_attention_heads"], mult, d["hidden_act"])
 
-# %% ../nbs/50a_foreign.ipynb #00884a3c
+# %% ../nbs/50a_foreign.ipynb #1768514e
 @dataclass(frozen=True)
 class Sampling:
     "What a sampler must know about how the UNet was trained; the defaults are Stable Diffusion's noise"
@@ -254,7 +254,7 @@ class Sampling:
     set_alpha_to_one: bool = True     # does DDIM's last step end at abar = 1 (or at the first level's)?
     size: int = 512                   # side of the training pictures in pixels
 
-# %% ../nbs/50a_foreign.ipynb #d0fb833b
+# %% ../nbs/50a_foreign.ipynb #e0c9ce58
 PREDICTIONS = dict(eps="epsilon", v="v_prediction", x0="sample")
 
 def write_sampling_config(
@@ -267,7 +267,7 @@ def write_sampling_config(
         prediction_type=PREDICTIONS[s.prediction], timestep_spacing=s.spacing, steps_offset=s.offset,
         set_alpha_to_one=s.set_alpha_to_one, clip_sample=False, thresholding=False)
 
-# %% ../nbs/50a_foreign.ipynb #6696bf8e
+# %% ../nbs/50a_foreign.ipynb #e67b27a0
 def read_sampling(
     config: dict,     # any diffusers scheduler's
     size: int = 512,  # side of the training pictures in pixels

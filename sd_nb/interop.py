@@ -7,7 +7,7 @@ __all__ = ['UNET', 'AUTOENCODER', 'TEXT', 'write_json', 'write_weights', 'read_j
            'save_unet', 'load_unet', 'save_autoencoder', 'load_autoencoder', 'save_text_encoder', 'load_text_encoder',
            'Parts', 'save_diffusers', 'load_sampling', 'load_diffusers', 'fetch']
 
-# %% ../nbs/50_interop.ipynb #891342ed
+# %% ../nbs/50_interop.ipynb #b26408a0
 import json, os, re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ from .model.clip import TextEncoder
 from .model.tokenizer import Tokenizer
 from .model.unet import UNet
 
-# %% ../nbs/50_interop.ipynb #db4c975a
+# %% ../nbs/50_interop.ipynb #02c66963
 def _atomic(path, write):
     "Let `write` fill a temporary file beside `path`, then rename it: a reader never sees half a file"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def _atomic(path, write):
     except SafetensorError as e: raise OSError(f"cannot write {path}: {e}") from None
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/50_interop.ipynb #5e7422bd
+# %% ../nbs/50_interop.ipynb #00db7aa3
 def write_json(
     path: Path,   # file to write, its directories are made
     value: dict,  # what JSON can hold
@@ -59,7 +59,7 @@ def write_weights(
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
     _atomic(Path(path), lambda p: save_file(state, p, metadata={"format": "pt"}))  # transformers insists on "format"
 
-# %% ../nbs/50_interop.ipynb #31b4da53
+# %% ../nbs/50_interop.ipynb #1575523b
 def read_json(
     path: Path,  # file to read
 ) -> dict:       # its contents
@@ -80,7 +80,7 @@ def _weight_files(
     if half.is_file(): return [half]
     raise FileNotFoundError(f"{path}: no such file (neither shards nor an fp16 variant beside it)")
 
-# %% ../nbs/50_interop.ipynb #2ca3abe2
+# %% ../nbs/50_interop.ipynb #9d60fbf1
 def read_weights(
     path: Path,                                  # a `.safetensors` file
     dtype: torch.dtype | None = torch.float32,   # convert to this; None: as they are
@@ -92,13 +92,13 @@ def read_weights(
     except SafetensorError as e: raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
     return {k: v.to(dtype or v.dtype) for k, v in state.items()}
 
-# %% ../nbs/50_interop.ipynb #f2e40902
+# %% ../nbs/50_interop.ipynb #1593b46e
 def _short(names):
     "The first few names of many"
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-# %% ../nbs/50_interop.ipynb #8b77b7b4
+# %% ../nbs/50_interop.ipynb #f040c0d2
 def fill(
     network: nn.Module,        # may be on the meta device
     state: dict[str, Tensor],  # weights under their names
@@ -116,7 +116,7 @@ def fill(
     network.load_state_dict(rename(state, table, reverse=True), strict=True, assign=True)
     return network
 
-# %% ../nbs/50_interop.ipynb #1a91099c
+# %% ../nbs/50_interop.ipynb #2e8716b6
 class Layout(NamedTuple):
     "One network's place in a pipeline directory, and its two names for everything"
     folder: str             # sub-directory
@@ -127,21 +127,21 @@ class Layout(NamedTuple):
     read: Callable          # their config to ours
     write: Callable         # our config to theirs
 
-# %% ../nbs/50_interop.ipynb #df98b14d
+# %% ../nbs/50_interop.ipynb #666d4251
 UNET = Layout("unet", "diffusion_pytorch_model.safetensors", UNet, UNET_NAMES, {}, read_unet_config, write_unet_config)
 AUTOENCODER = Layout("vae", "diffusion_pytorch_model.safetensors", Autoencoder, AUTOENCODER_NAMES,
                      OLD_AUTOENCODER_NAMES, read_autoencoder_config, write_autoencoder_config)
 TEXT = Layout("text_encoder", "model.safetensors", TextEncoder, TEXT_NAMES,
               OLD_TEXT_NAMES, read_text_config, write_text_config)
 
-# %% ../nbs/50_interop.ipynb #54a28a44
+# %% ../nbs/50_interop.ipynb #ec8800b8
 def _save_part(layout, directory, network, dtype, **about):
     "Write weights, then the config that says what they are"
     folder = Path(directory) / layout.folder
     write_weights(folder / layout.file, rename(network.state_dict(), layout.names), dtype)
     write_json(folder / "config.json", layout.write(network.config, **about))
 
-# %% ../nbs/50_interop.ipynb #ba340ed3
+# %% ../nbs/50_interop.ipynb #1c470409
 def _load_part(layout, directory, dtype):
     "Build a network without memory from its config, then give it the weights"
     folder = Path(directory) / layout.folder
@@ -156,7 +156,7 @@ def _load_part(layout, directory, dtype):
     state.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ...: no weight, but in many old files
     return fill(network, state, layout.names, folder)
 
-# %% ../nbs/50_interop.ipynb #7d8c9f16
+# %% ../nbs/50_interop.ipynb #7378fec9
 def save_unet(
     directory: Path,                   # of the pipeline; `unet/` is made in it
     unet: UNet,                        # what to save
@@ -173,7 +173,7 @@ def load_unet(
     "Load the UNet of a pipeline directory"
     return _load_part(UNET, directory, dtype)
 
-# %% ../nbs/50_interop.ipynb #bc2b3bf2
+# %% ../nbs/50_interop.ipynb #5c2d1f8f
 def save_autoencoder(
     directory: Path,                   # of the pipeline; `vae/` is made in it
     autoencoder: Autoencoder,          # what to save
@@ -190,7 +190,7 @@ def load_autoencoder(
     "Load the autoencoder of a pipeline directory"
     return _load_part(AUTOENCODER, directory, dtype)
 
-# %% ../nbs/50_interop.ipynb #44fc4955
+# %% ../nbs/50_interop.ipynb #f2991a2e
 def save_text_encoder(
     directory: Path,                   # of the pipeline; `text_encoder/` is made in it
     text_encoder: TextEncoder,         # what to save
@@ -206,7 +206,7 @@ def load_text_encoder(
     "Load the text encoder of a pipeline directory"
     return _load_part(TEXT, directory, dtype)
 
-# %% ../nbs/50_interop.ipynb #5b97e3e0
+# %% ../nbs/50_interop.ipynb #0b4e7e90
 class Parts(NamedTuple):
     "Everything that a text-to-image model consists of"
     unet: UNet
@@ -215,7 +215,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer
     sampling: Sampling
 
-# %% ../nbs/50_interop.ipynb #0e2a347d
+# %% ../nbs/50_interop.ipynb #c93b5da2
 _INDEX = dict(
     _class_name="StableDiffusionPipeline", _diffusers_version=LAYOUT, unet=["diffusers", "UNet2DConditionModel"],
     vae=["diffusers", "AutoencoderKL"], text_encoder=["transformers", "CLIPTextModel"],
@@ -237,7 +237,7 @@ def save_diffusers(
     write_json(Path(directory) / "scheduler" / "scheduler_config.json", write_sampling_config(parts.sampling))
     write_json(Path(directory) / "model_index.json", _INDEX)  # last: a directory without it is no pipeline yet
 
-# %% ../nbs/50_interop.ipynb #78cba622
+# %% ../nbs/50_interop.ipynb #17e764be
 def _check_parts(unet, autoencoder, text_encoder, tokenizer, directory):
     "Refuse parts that do not fit together"
     c, vae, text = unet.config, autoencoder.config, text_encoder.config
@@ -247,7 +247,7 @@ def _check_parts(unet, autoencoder, text_encoder, tokenizer, directory):
     for line, fit in fits.items():
         if not fit: raise ValueError(f"{directory}: the parts do not fit: {line}")
 
-# %% ../nbs/50_interop.ipynb #f66474d7
+# %% ../nbs/50_interop.ipynb #f61083e0
 def load_sampling(
     directory: Path,  # of the pipeline
 ) -> Sampling:        # with the picture size, worked out from two other configs
@@ -259,7 +259,7 @@ def load_sampling(
     try: return read_sampling(config, (max(side) if isinstance(side, list) else side) * 2 ** (levels - 1))
     except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from None
 
-# %% ../nbs/50_interop.ipynb #1735374d
+# %% ../nbs/50_interop.ipynb #e3cb4c94
 def load_diffusers(
     directory: Path,                            # of the pipeline
     dtype: torch.dtype | None = torch.float32,  # None: as in the files, which may be fp16
@@ -275,7 +275,7 @@ def load_diffusers(
     tokenizer.window = min(tokenizer.window, networks[2].config.window)  # some files leave it open
     return Parts(*networks, tokenizer, load_sampling(directory))
 
-# %% ../nbs/50_interop.ipynb #9e51ab62
+# %% ../nbs/50_interop.ipynb #cecfc390
 def fetch(
     path_or_repo: str | Path,      # a directory, or `owner/name` on the Hugging Face Hub
     revision: str | None = None,   # branch, tag or commit on the Hub; a commit never changes

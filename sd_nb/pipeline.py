@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'make_schedule', 'draw_noise', 'pick_device', 'to_images', 'Networks', 'StableDiffusion']
 
-# %% ../nbs/51_pipeline.ipynb #9646a1df
+# %% ../nbs/51_pipeline.ipynb #dd9744c4
 import math, operator, warnings
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +24,7 @@ from .diffusion.noise import NoiseSchedule, linear_betas, rescale_zero_terminal_
 from .diffusion.samplers import SAMPLERS, State
 from .interop import Parts, Sampling, fetch, load_diffusers, save_diffusers
 
-# %% ../nbs/51_pipeline.ipynb #52ac6a6a
+# %% ../nbs/51_pipeline.ipynb #70a95a1f
 def make_schedule(
     s: Sampling,       # how the UNet was trained
 ) -> NoiseSchedule:    # its noise levels
@@ -32,7 +32,7 @@ def make_schedule(
     betas = dict(linear=linear_betas, scaled_linear=scaled_linear_betas)[s.beta_kind](s.T, s.beta_start, s.beta_end)
     return NoiseSchedule(rescale_zero_terminal_snr(betas) if s.zero_snr else betas)
 
-# %% ../nbs/51_pipeline.ipynb #87e19d1b
+# %% ../nbs/51_pipeline.ipynb #7ef4cdf7
 def draw_noise(
     shape: tuple[int, int, int],         # (c, h, w) of one latent
     generators: list[torch.Generator],   # b of them, one per picture
@@ -40,7 +40,7 @@ def draw_noise(
     "Draw each picture's noise from its own generator, so that its neighbours in the batch do not matter"
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
-# %% ../nbs/51_pipeline.ipynb #c6335451
+# %% ../nbs/51_pipeline.ipynb #df10aeb7
 def pick_device(
     device: str | torch.device | None = None,  # None: the GPU if there is one
     dtype: torch.dtype | None = None,          # None: float32
@@ -53,7 +53,7 @@ def pick_device(
         dtype = None
     return device, dtype or torch.float32
 
-# %% ../nbs/51_pipeline.ipynb #8f8e3117
+# %% ../nbs/51_pipeline.ipynb #e966512c
 def _whole(name, value, low, high):
     "A whole number within bounds"
     try: value = operator.index(value)
@@ -79,7 +79,7 @@ def _side(name, value, factor):
     if value != low: raise ValueError(f"{name} {value} is not divisible by {factor}: try {low} or {low + factor}")
     return value
 
-# %% ../nbs/51_pipeline.ipynb #65128fa4
+# %% ../nbs/51_pipeline.ipynb #f2d0c369
 def to_images(
     x: Tensor,      # `(b, 3, H, W)` pictures in about [-1, 1]
     output: str,    # "pil" or "np"
@@ -90,7 +90,7 @@ def to_images(
         raise ValueError("the model drew NaN instead of a picture: damaged weights, or an overflow in half precision")
     return x if output == "np" else [Image.fromarray(o) for o in (x * 255).round().astype(np.uint8)]
 
-# %% ../nbs/51_pipeline.ipynb #4fc7d3af
+# %% ../nbs/51_pipeline.ipynb #5e398a65
 class Networks:
     "Hold the parts of a latent diffusion model: open, place, save them, and enter and leave latent space"
 
@@ -118,7 +118,7 @@ class Networks:
         device, dtype = pick_device(device, dtype)
         return cls(load_diffusers(fetch(path_or_repo, revision), dtype), device, dtype)
 
-# %% ../nbs/51_pipeline.ipynb #7ee201b2
+# %% ../nbs/51_pipeline.ipynb #06223fe0
 @patch(as_prop=True)
 def factor(self: Networks) -> int:
     "What the sides of a picture must divide by: all halvings of autoencoder and UNet."
@@ -146,7 +146,7 @@ def decode(
     z = latents.to(self.device, self.dtype) / self.autoencoder.config.scale
     return to_images(self.autoencoder.decode(z), output)
 
-# %% ../nbs/51_pipeline.ipynb #27e67c2d
+# %% ../nbs/51_pipeline.ipynb #bccc1f31
 OUTPUTS = ("pil", "np", "latent")
 
 class StableDiffusion(Networks):
@@ -172,7 +172,7 @@ class StableDiffusion(Networks):
         for state in tqdm(walk, total=steps, desc="drawing", disable=not progress): pass
         return state.x if output == "latent" else self.decode(state.x, output)
 
-# %% ../nbs/51_pipeline.ipynb #9d06b3c6
+# %% ../nbs/51_pipeline.ipynb #851d4f34
 @patch
 def noise(
     self: StableDiffusion,
@@ -197,7 +197,7 @@ def _generators(self: StableDiffusion, seed, n):
     seed = _whole("seed", seed, 0, 2**63 - 1)
     return [torch.Generator().manual_seed(seed + i) for i in range(n)]  # on the CPU: the same on every device
 
-# %% ../nbs/51_pipeline.ipynb #79cba481
+# %% ../nbs/51_pipeline.ipynb #1a6701de
 @patch
 def _start(self: StableDiffusion, latents, n, height, width, generators):
     if latents is None: return draw_noise(self._shape(height, width), generators)
@@ -212,7 +212,7 @@ def _start(self: StableDiffusion, latents, n, height, width, generators):
     draw_noise(want[1:], generators)  # what comes after the start is the same, wherever the start came from
     return latents.detach().float()
 
-# %% ../nbs/51_pipeline.ipynb #393faeb1
+# %% ../nbs/51_pipeline.ipynb #f71624d0
 @patch
 def _guided(self: StableDiffusion, prompts, negatives, guidance):
     "The UNet, listening to the prompts and away from the negative ones"
@@ -228,7 +228,7 @@ def _sampler(self: StableDiffusion, name):
     if name != "ddim" or self.sampling.set_alpha_to_one: return SAMPLERS[name]
     return partial(SAMPLERS[name], abar_end=float(self.schedule.abar[0]))
 
-# %% ../nbs/51_pipeline.ipynb #f2d74f6d
+# %% ../nbs/51_pipeline.ipynb #417d4efc
 @patch
 def denoise(
     self: StableDiffusion,
@@ -255,7 +255,7 @@ def denoise(
     x = self._start(latents, len(prompts), height, width, generators).to(self.device)
     return walk(self._guided(prompts, negatives, guidance), x, self.schedule, ts, generator=generators)
 
-# %% ../nbs/51_pipeline.ipynb #d96729ad
+# %% ../nbs/51_pipeline.ipynb #c59ca3de
 @patch
 def save_pretrained(
     self: Networks,

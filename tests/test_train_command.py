@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from few import SMALL, few_shards, torchrun
@@ -62,6 +63,18 @@ def test_resume_on_another_number_of_processes(tmp_path, data):
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in parts], abs=1e-4)
 
 
+def assert_diffusers_agrees(model):
+    "A trained model directory opens in diffusers and draws from the same noise what we draw, to 2/255"
+    from diffusers import StableDiffusionPipeline
+    ours, theirs = StableDiffusion.from_pretrained(model), StableDiffusionPipeline.from_pretrained(model)
+    theirs.set_progress_bar_config(disable=True)
+    noise = ours.noise(2, seed=7)
+    a = ours(["red apple", "cat face"], "blue", steps=5, guidance=4.0, sampler="ddim", latents=noise, output="np", progress=False)
+    b = theirs(["red apple", "cat face"], negative_prompt=["blue"] * 2, num_inference_steps=5, guidance_scale=4.0,
+               latents=noise, output_type="np").images
+    assert a.shape == b.shape and np.abs(a - b).max() <= 2 / 255 and a.std() > 0.01
+
+
 def test_one_line_trains_all_three(tmp_path, data):
     "Asked for the UNet, the command trains what it needs first, writes every file of a run directory, and the model draws"
     config = config_from_args(["tiny", *SMALL, "--run", str(tmp_path / "run"), "--data", str(data), "--minutes", "0.15"], "train")
@@ -71,6 +84,7 @@ def test_one_line_trains_all_three(tmp_path, data):
     assert all(is_exported(stage, config.run) for stage in stages_to_train(config))
     pictures = StableDiffusion.from_pretrained(config.run / "model")(["red apple", "blue heart"], steps=3, progress=False)
     assert [p.size for p in pictures] == [(16, 16)] * 2
+    assert_diffusers_agrees(config.run / "model")
     last = rows(config.run)[-1]
     assert {"loss", "mse", "mse_t0", "lr", "grad_norm", "images", "images_per_second"} <= set(last)
 

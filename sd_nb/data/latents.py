@@ -7,7 +7,7 @@ __all__ = ['TEXT', 'NUMBER', 'SCHEMA', 'HashedFile', 'sha256_of', 'broken_files'
            'write_packed', 'pack', 'pack_pixels', 'read_manifest', 'weights_digest', 'pack_latents', 'sample_latents',
            'unit_scale']
 
-# %% ../../nbs/34_data.latents.ipynb #15f1ae9a
+# %% ../../nbs/34_data.latents.ipynb #a53b193b
 import hashlib, json, os, warnings
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .images import Sample, find_shards, read_shard, square
 
-# %% ../../nbs/34_data.latents.ipynb #d746a29f
+# %% ../../nbs/34_data.latents.ipynb #7a50d844
 class HashedFile:
     "A file that hashes itself while it is written, and gets its name only when it is whole and on the disk"
     def __init__(self, path: str | Path):
@@ -46,7 +46,7 @@ class HashedFile:
         "Say what was written, as it goes into a manifest"
         return dict(bytes=self.size, sha256=self.digest.hexdigest())
 
-# %% ../../nbs/34_data.latents.ipynb #2d0f24f6
+# %% ../../nbs/34_data.latents.ipynb #fea2735f
 def sha256_of(
     path: str | Path,      # a file
     block: int = 1 << 20,  # bytes read at a time: the file may be larger than the memory
@@ -67,13 +67,13 @@ def broken_files(
         return path.is_file() and path.stat().st_size == bytes and (not deep or sha256_of(path) == sha256)
     return [name for name, receipt in files.items() if not _good(Path(directory) / name, **receipt)]
 
-# %% ../../nbs/34_data.latents.ipynb #1e37fdba
+# %% ../../nbs/34_data.latents.ipynb #6d253bd2
 def write_json(path: str | Path, value) -> dict:
     "Write anything JSON can hold, whole or not at all, and return its receipt"
     with HashedFile(path) as file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
     return file.receipt
 
-# %% ../../nbs/34_data.latents.ipynb #80301bc3
+# %% ../../nbs/34_data.latents.ipynb #f062715f
 TEXT, NUMBER = pa.string(), pa.int64()
 SCHEMA = pa.schema(dict(key=TEXT, caption=TEXT, split=TEXT, width=NUMBER, height=NUMBER, extra=TEXT))
 
@@ -87,7 +87,7 @@ def describe(
     return dict(key=sample.key, caption=sample.caption, split=meta.get("split") or "train", width=width, height=height,
                 extra=json.dumps(extra, ensure_ascii=False, sort_keys=True))
 
-# %% ../../nbs/34_data.latents.ipynb #1e0e546b
+# %% ../../nbs/34_data.latents.ipynb #3f4b45cc
 def _read_pixels(shard: Path, size: int, split: str | None, bar: tqdm):
     "Read a shard's pictures as squares: `(n, 3, size, size)` uint8 and n rows"
     pixels, rows = [np.empty((0, 3, size, size), np.uint8)], []
@@ -103,14 +103,14 @@ def _expected(shards: list[Path]) -> int | None:
     try: return sum(json.loads(o.read_text())["successes"] for o in stats)
     except (OSError, KeyError, ValueError): return None
 
-# %% ../../nbs/34_data.latents.ipynb #f52c8b84
+# %% ../../nbs/34_data.latents.ipynb #67d135c5
 def to_float(
     pixels,         # `(b, 3, h, w)` uint8, array or tensor
 ) -> torch.Tensor:  # `(b, 3, h, w)` float32 in [-1, 1]
     "Turn bytes into what the networks see"
     return torch.as_tensor(pixels).float() / 127.5 - 1
 
-# %% ../../nbs/34_data.latents.ipynb #b9b56eae
+# %% ../../nbs/34_data.latents.ipynb #cbeebc9b
 def write_packed(
     out: Path,          # the directory
     name: str,          # the shard, "00000"
@@ -127,7 +127,7 @@ def write_packed(
     write_json(out / f"{name}.json", receipt)
     return receipt
 
-# %% ../../nbs/34_data.latents.ipynb #819f94e0
+# %% ../../nbs/34_data.latents.ipynb #46355726
 def _finished(out: Path, name: str, origin: dict) -> dict | None:
     "Return a shard's receipt; None when it must be made; a `ValueError` when it was made from something else"
     if not (path := out / f"{name}.json").is_file(): return None
@@ -140,7 +140,7 @@ def _finished(out: Path, name: str, origin: dict) -> dict | None:
     if not (broken := broken_files(out, receipt["files"])): return receipt
     warnings.warn(f"{out}: {', '.join(broken)} broken or missing; packing {name} again")
 
-# %% ../../nbs/34_data.latents.ipynb #a4612e44
+# %% ../../nbs/34_data.latents.ipynb #fe2c40e7
 def pack(
     out: str | Path,    # the directory, made if it is not there
     fingerprint: dict,  # what every shard depends on
@@ -162,7 +162,7 @@ def pack(
     for stale in out.glob(".*.partial"): stale.unlink()  # a killed process could not tidy up
     return manifest
 
-# %% ../../nbs/34_data.latents.ipynb #da6ce8bc
+# %% ../../nbs/34_data.latents.ipynb #7ce161b5
 def pack_pixels(
     shards_dir: str | Path,    # img2dataset's layout
     out: str | Path,           # the packed directory
@@ -176,7 +176,7 @@ def pack_pixels(
         sources = [(f"{i:05d}", sha256_of(o), partial(_read_pixels, o, size, split, bar)) for i, o in enumerate(shards)]
         return pack(out, dict(kind="pixels", size=size, split=split), sources, bar)
 
-# %% ../../nbs/34_data.latents.ipynb #c07e2b29
+# %% ../../nbs/34_data.latents.ipynb #4bd69ad1
 def read_manifest(
     directory: str | Path,  # a packed directory
 ) -> dict:
@@ -186,7 +186,7 @@ def read_manifest(
         " packed directory, or packing was interrupted (the same command finishes it)") from None
     except ValueError as error: raise ValueError(f"{directory}/manifest.json: not JSON ({error})") from None
 
-# %% ../../nbs/34_data.latents.ipynb #5a77d939
+# %% ../../nbs/34_data.latents.ipynb #e0cb4f2c
 def weights_digest(
     module: torch.nn.Module,  # any network
 ) -> str:                     # 64 hexadecimal digits
@@ -202,7 +202,7 @@ def _encoder_fingerprint(autoencoder) -> dict:
     config = json.loads(json.dumps(asdict(autoencoder.config)))  # tuples become lists, as they do in a manifest
     return dict(autoencoder=weights_digest(autoencoder), config={k: v for k, v in config.items() if k != "scale"})
 
-# %% ../../nbs/34_data.latents.ipynb #5108a32f
+# %% ../../nbs/34_data.latents.ipynb #91659ddf
 @torch.no_grad()
 def _encode(autoencoder, pixels: np.ndarray, batch: int, bar: tqdm) -> np.ndarray:
     "Encode `(n, 3, H, W)` uint8 to `(n, 2c, h, w)` fp16: the whole distribution, not a sample of it"
@@ -224,7 +224,7 @@ def _check_finite(moments: np.ndarray, rows: list[dict], source):
     key = rows[np.argmin(good)]["key"]
     raise ValueError(f"{source}: the latents of {key!r} are not finite; the autoencoder is broken")
 
-# %% ../../nbs/34_data.latents.ipynb #04ec6e8d
+# %% ../../nbs/34_data.latents.ipynb #6d056bfa
 def _load_pixels(directory: Path, shard: dict, split: str | None):
     "Load one shard of packed pixels: `(n, 3, size, size)` uint8 and n rows"
     if broken := broken_files(directory, shard["files"]):
@@ -246,7 +246,7 @@ def _pixel_shards(source: Path, size: int | None, split: str | None):
     source_of = lambda o: (o["name"], o["files"][f"{o['name']}.npy"]["sha256"], partial(_load_pixels, source, o, split))
     return own, manifest["count"], [source_of(o) for o in manifest["shards"]]
 
-# %% ../../nbs/34_data.latents.ipynb #1136a30c
+# %% ../../nbs/34_data.latents.ipynb #7dab4d43
 def pack_latents(
     source: str | Path,        # packed pixels, or a directory of shards
     out: str | Path,           # the packed directory
@@ -269,7 +269,7 @@ def pack_latents(
         fingerprint = dict(kind="latents", size=size, split=split, **_encoder_fingerprint(autoencoder))
         return pack(out, fingerprint, sources, bar)
 
-# %% ../../nbs/34_data.latents.ipynb #0163f232
+# %% ../../nbs/34_data.latents.ipynb #0e64a58f
 def sample_latents(
     moments,              # `(b, 2c, h, w)` mean and log-variance, as packed
     noise: torch.Tensor,  # `(b, c, h, w)` standard normal
@@ -279,7 +279,7 @@ def sample_latents(
     mean, logvar = torch.as_tensor(moments).to(noise.device).float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * logvar) * noise) * scale
 
-# %% ../../nbs/34_data.latents.ipynb #8b4b6e88
+# %% ../../nbs/34_data.latents.ipynb #1a84e113
 def unit_scale(
     moments,  # `(n, 2c, h, w)` mean and log-variance
 ) -> float:   # the factor that gives latents a standard deviation of one

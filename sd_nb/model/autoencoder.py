@@ -6,7 +6,7 @@
 __all__ = ['AutoencoderConfig', 'Gaussian', 'PixelAttention', 'Middle', 'EncoderLevel', 'Encoder', 'DecoderLevel', 'Decoder',
            'begin_linear', 'Autoencoder', 'edge_loss', 'autoencoder_loss']
 
-# %% ../../nbs/13_model.autoencoder.ipynb #8b73f70c
+# %% ../../nbs/13_model.autoencoder.ipynb #ee5eeb42
 import math
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import Attention
 from .resblock import Downsample, ResBlock, Upsample
 
-# %% ../../nbs/13_model.autoencoder.ipynb #75dbb169
+# %% ../../nbs/13_model.autoencoder.ipynb #c13f29af
 @dataclass(frozen=True)
 class AutoencoderConfig:
     "The shape of the autoencoder; the defaults are Stable Diffusion 1.x."
@@ -47,7 +47,7 @@ class AutoencoderConfig:
         "Make a ResBlock of this network; 1e-6 is the epsilon of SD's autoencoder checkpoints."
         return ResBlock(c_in, c_out, groups=self.groups, eps=1e-6)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #7e7f615f
+# %% ../../nbs/13_model.autoencoder.ipynb #7df3ab97
 class Gaussian:
     "One normal distribution per number of a latent: what the encoder believes (Auto-Encoding Variational Bayes)."
 
@@ -74,7 +74,7 @@ class Gaussian:
         "Measure how far the belief is from a standard normal (Auto-Encoding Variational Bayes, app. B)."
         return ((self.mean**2 + self.logvar.exp() - 1 - self.logvar) / 2).sum(dim=(1, 2, 3))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #36d13340
+# %% ../../nbs/13_model.autoencoder.ipynb #66effe72
 class PixelAttention(nn.Module):
     "Let every pixel of a feature map look at all others, with one head."
 
@@ -93,7 +93,7 @@ class PixelAttention(nn.Module):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         return x + rearrange(self.attention(h), "b (h w) c -> b c h w", h=x.shape[2])
 
-# %% ../../nbs/13_model.autoencoder.ipynb #8953c123
+# %% ../../nbs/13_model.autoencoder.ipynb #a70e1c53
 class Middle(nn.Module):
     "Work at the lowest resolution: ResBlock, attention, ResBlock."
 
@@ -112,7 +112,7 @@ class Middle(nn.Module):
         "Convolve, look around, convolve."
         return self.block2(self.attention(self.block1(h)))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #3c16042f
+# %% ../../nbs/13_model.autoencoder.ipynb #8fca46ee
 class EncoderLevel(nn.Module):
     "Work at one resolution, then halve the sides."
 
@@ -134,7 +134,7 @@ class EncoderLevel(nn.Module):
         for block in self.blocks: h = block(h)
         return h if self.downsample is None else self.downsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #a31d1054
+# %% ../../nbs/13_model.autoencoder.ipynb #2b52a2e2
 class Encoder(nn.Module):
     "Turn pictures into the moments of a latent."
 
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         h = self.middle(h)                              # (b, c, h, w)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 c_latent, h, w)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #a70781fe
+# %% ../../nbs/13_model.autoencoder.ipynb #975fc57f
 class DecoderLevel(nn.Module):
     "Work at one resolution, then double the sides."
 
@@ -181,7 +181,7 @@ class DecoderLevel(nn.Module):
         for block in self.blocks: h = block(h)
         return h if self.upsample is None else self.upsample(h)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #833fb7bc
+# %% ../../nbs/13_model.autoencoder.ipynb #4bff0487
 class Decoder(nn.Module):
     "Turn latents into pictures."
 
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         for level in self.up: h = level(h)              # larger and narrower
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, c_in, H, W)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #bf83efa6
+# %% ../../nbs/13_model.autoencoder.ipynb #5ddf69ca
 @torch.no_grad()
 def _mix(conv, profile):
     "Let a convolution blur by `profile` in both directions and rotate the channels: nothing is lost but detail"
@@ -230,7 +230,7 @@ def begin_linear(
     for conv in (model.quant, model.post_quant): _mix(conv, [1.0])
     nn.init.constant_(model.quant.bias[model.config.c_latent:], -6.0)  # little doubt: a standard deviation of 0.05
 
-# %% ../../nbs/13_model.autoencoder.ipynb #69c26040
+# %% ../../nbs/13_model.autoencoder.ipynb #a90a53ba
 class Autoencoder(nn.Module):
     "Pictures to latents and back (High-Resolution Image Synthesis, sec. 3.1)."
 
@@ -238,8 +238,7 @@ class Autoencoder(nn.Module):
         self, config: AutoencoderConfig,  # shape of the network
     ):
         super().__init__()
-        c = config.c_latent
-        self.config = config
+        self.config, c = config, config.c_latent
         self.encoder = Encoder(config)
         self.quant = nn.Conv2d(2 * c, 2 * c, 1) 
         self.post_quant = nn.Conv2d(c, c, 1)
@@ -266,7 +265,7 @@ class Autoencoder(nn.Module):
         "Draw the picture of a latent."
         return self.decoder(self.post_quant(z))
 
-# %% ../../nbs/13_model.autoencoder.ipynb #564f0e12
+# %% ../../nbs/13_model.autoencoder.ipynb #e39d0128
 def edge_loss(
     error: Tensor,  # difference of two pictures `(b, c, H, W)`
     scales: int = 3,  # at how many resolutions
@@ -279,7 +278,7 @@ def edge_loss(
         error = F.avg_pool2d(error, 2)
     return loss / max(scales, 1)
 
-# %% ../../nbs/13_model.autoencoder.ipynb #fe3c5ef5
+# %% ../../nbs/13_model.autoencoder.ipynb #6135670c
 def autoencoder_loss(
     model: Autoencoder,  # what is trained
     x: Tensor,  # pictures in [-1, 1] `(b, c_in, H, W)`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe', 'main']
 
-# %% ../../nbs/45_train.__main__.ipynb #8b91ed72
+# %% ../../nbs/45_train.__main__.ipynb #9d8f4750
 import json
 import sys
 
@@ -13,7 +13,7 @@ from ..config import Config, config_from_args, count_parameters, one_line_errors
 from .parallel import is_main, world
 from .stages import minutes_of, stages_to_train, train
 
-# %% ../../nbs/45_train.__main__.ipynb #28176ee7
+# %% ../../nbs/45_train.__main__.ipynb #c8589931
 def describe(
     config: Config  # the run
 ) -> str:  # JSON: settings, parameters of each network, plan
@@ -24,7 +24,7 @@ def describe(
         plan[name] = dict(steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, minutes=minutes_of(config, name))
     return json.dumps(dict(config=config.to_dict(), parameters=count_parameters(config), plan=plan), indent=2)
 
-# %% ../../nbs/45_train.__main__.ipynb #7465586c
+# %% ../../nbs/45_train.__main__.ipynb #7b193c0e
 def main(
     args: list[str] | None = None,  # preset and flags; default: the process's own
     prog: str = "python -m sd_nb.train"  # how the user called it, for messages
@@ -41,5 +41,5 @@ def main(
             if is_main(w): print(f"{'complete' if complete else 'stopped; the same command resumes'}: {config.run}")
         return 0 if complete else 130
 
-# %% ../../nbs/45_train.__main__.ipynb #bfd28799
+# %% ../../nbs/45_train.__main__.ipynb #451c42aa
 if __name__ == "__main__" and __spec__ is not None: sys.exit(main())  # a notebook has no spec

@@ -6,7 +6,7 @@
 __all__ = ['BUILD', 'packed_pixels', 'splits', 'AutoencoderLoss', 'AutoencoderStage', 'latent_scale', 'CLIPLoss', 'CLIPStage',
            'DenoisingLoss', 'UNetStage', 'stages_to_train', 'is_exported', 'minutes_of', 'start_from', 'train']
 
-# %% ../../nbs/44_train.stages.ipynb #8785e19b
+# %% ../../nbs/44_train.stages.ipynb #6d54ade6
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from ..pipeline import StableDiffusion
 from .parallel import World, barrier, gather_with_grad, is_main
 from .trainer import Draws, Trainer
 
-# %% ../../nbs/44_train.stages.ipynb #c7ddd0c9
+# %% ../../nbs/44_train.stages.ipynb #b03c7bef
 def packed_pixels(
     config: Config,  # the run
     world: World  # the processes
@@ -50,7 +50,7 @@ def splits(
     named = set(packed.meta["split"].to_pylist())
     return (packed.select("train"), packed.select("held_out")) if {"train", "held_out"} <= named else (packed, packed)
 
-# %% ../../nbs/44_train.stages.ipynb #2fec86e5
+# %% ../../nbs/44_train.stages.ipynb #8000e606
 class AutoencoderLoss(nn.Module):
     "The autoencoder together with its loss"
     def __init__(self, model: Autoencoder): super().__init__(); self.model = model
@@ -90,7 +90,7 @@ class AutoencoderStage:
         self.model.config = replace(self.model.config, scale=latent_scale(self.model, self.pixels))
         interop.save_autoencoder(directory, self.model, self.size)
 
-# %% ../../nbs/44_train.stages.ipynb #967d01ee
+# %% ../../nbs/44_train.stages.ipynb #26e9ef1a
 @torch.no_grad()
 def latent_scale(
     model: Autoencoder,  # a trained autoencoder
@@ -103,7 +103,7 @@ def latent_scale(
     posteriors = [model.encode(to_float(pixels[part]).to(device)) for part in parts]
     return round(unit_scale(torch.cat([torch.cat([p.mean, p.logvar], dim=1) for p in posteriors]).cpu()), 5)
 
-# %% ../../nbs/44_train.stages.ipynb #62d9b50c
+# %% ../../nbs/44_train.stages.ipynb #23466aa1
 class CLIPLoss(nn.Module):
     "CLIP together with its contrastive loss over all processes"
     def __init__(self, model: CLIP): super().__init__(); self.model = model
@@ -142,7 +142,7 @@ class CLIPStage:
         image = self.model.embed_image(to_float(self.held_out[:24]).to(device))
         text = self.model.embed_text(self.tokenizer(captions).to(device))
         fig, ax = plt.subplots(figsize=(6, 5), dpi=80)
-        ax.imshow((image @ text.T).cpu())
+        ax.imshow((image @ text.T).cpu().numpy())
         ax.set(xlabel="caption", ylabel="picture", title="similarity of held-out pairs")
         ax.set_yticks(range(len(captions)), captions, fontsize=6)
         fig.tight_layout()
@@ -154,7 +154,7 @@ class CLIPStage:
         interop.save_text_encoder(directory, self.model.text)
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
-# %% ../../nbs/44_train.stages.ipynb #ca94db78
+# %% ../../nbs/44_train.stages.ipynb #6d204ae8
 class DenoisingLoss(nn.Module):
     "The UNet together with the Min-SNR-weighted loss"
     def __init__(self, model: UNet, prediction: str, gamma: float):
@@ -168,7 +168,7 @@ class DenoisingLoss(nn.Module):
         bins = {f"mse_t{250 * i}": plain.where(quarter == i, torch.nan) for i in range(4)}
         return weighted.mean(), dict(mse=plain, **bins)
 
-# %% ../../nbs/44_train.stages.ipynb #da2cee0b
+# %% ../../nbs/44_train.stages.ipynb #e868ef92
 class UNetStage:
     "Learn to take noise away from latents while listening to the caption"
     name = "unet"
@@ -193,7 +193,7 @@ class UNetStage:
         self.model = UNet(config.unet)
         self.net = DenoisingLoss(self.model, config.prediction, config.gamma)
 
-# %% ../../nbs/44_train.stages.ipynb #8b1e58a7
+# %% ../../nbs/44_train.stages.ipynb #407deb3c
 @patch
 @torch.no_grad()
 def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
@@ -226,7 +226,7 @@ def export(self: UNetStage, directory: Path):
     "Write the whole model directory"
     interop.save_diffusers(directory, self.parts())
 
-# %% ../../nbs/44_train.stages.ipynb #2f830313
+# %% ../../nbs/44_train.stages.ipynb #61c9a022
 def stages_to_train(
     config: Config  # the run
 ) -> list[str]:  # names, in order
@@ -262,7 +262,7 @@ def start_from(
     target = stage.model.text if stage.name == "clip" else stage.model
     target.load_state_dict(load[stage.name](directory).state_dict())
 
-# %% ../../nbs/44_train.stages.ipynb #3406e3b8
+# %% ../../nbs/44_train.stages.ipynb #f4a05c4f
 BUILD = dict(autoencoder=AutoencoderStage, clip=CLIPStage, unet=UNetStage)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'Draws', 'Stage', 'learning_rate', 'make_optimizer', 'Window', 'stop_requested', 'rewind_metrics',
            'refuse_changes', 'Trainer']
 
-# %% ../../nbs/43_train.trainer.ipynb #9af5b9fc
+# %% ../../nbs/43_train.trainer.ipynb #94568b21
 import json
 import os
 import signal
@@ -28,7 +28,7 @@ from . import checkpoint
 from .ema import EMA
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
 
-# %% ../../nbs/43_train.trainer.ipynb #4fe32689
+# %% ../../nbs/43_train.trainer.ipynb #f7a49469
 class Draws:
     "The random numbers of one step: a function of (seed, step), cut to this process's part of the batch"
     def __init__(
@@ -55,7 +55,7 @@ class Draws:
         "Draw a number between 0 and 1 for each picture"
         return torch.rand(self.batch, generator=self.generator)[self.part]
 
-# %% ../../nbs/43_train.trainer.ipynb #9fda5cd1
+# %% ../../nbs/43_train.trainer.ipynb #42811de7
 class Stage(Protocol):
     "What the loop needs to know about one network"
     name: str  # "autoencoder", "clip" or "unet"
@@ -67,7 +67,7 @@ class Stage(Protocol):
     def preview(self, path: Path) -> None: "Draw what the network can do into a PNG"
     def export(self, directory: Path) -> None: "Write the network's part of a model directory"
 
-# %% ../../nbs/43_train.trainer.ipynb #b98b6e27
+# %% ../../nbs/43_train.trainer.ipynb #e63752ec
 def learning_rate(
     step: int,  # number of the step, from 0
     peak: float,  # the rate after the warm-up
@@ -76,7 +76,7 @@ def learning_rate(
     "Return the learning rate: linear warm-up, then constant"
     return peak * min(1.0, (step + 1) / warmup)
 
-# %% ../../nbs/43_train.trainer.ipynb #5a2597aa
+# %% ../../nbs/43_train.trainer.ipynb #11c9db9d
 def make_optimizer(
     model: nn.Module,  # the network
     weight_decay: float  # pull towards zero, on matrices and convolutions only
@@ -87,7 +87,7 @@ def make_optimizer(
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
 
-# %% ../../nbs/43_train.trainer.ipynb #0627e2ba
+# %% ../../nbs/43_train.trainer.ipynb #cd304aba
 class Window:
     "Means of metrics since the last row of the log"
     def __init__(self): self.sums, self.counts = {}, {}
@@ -108,7 +108,7 @@ class Window:
         self.sums, self.counts = {}, {}
         return {name: (total / count).item() for name, (total, count) in zip(names, totals) if count}
 
-# %% ../../nbs/43_train.trainer.ipynb #0c77322a
+# %% ../../nbs/43_train.trainer.ipynb #60ed4aa8
 @contextmanager
 def stop_requested():  # yields a function that returns whether a stop was asked for
     "Turn SIGINT and SIGTERM into a note that the loop reads between two steps"
@@ -122,7 +122,7 @@ def stop_requested():  # yields a function that returns whether a stop was asked
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/43_train.trainer.ipynb #c31fbeab
+# %% ../../nbs/43_train.trainer.ipynb #eeb54116
 def rewind_metrics(
     path: Path,  # `metrics.jsonl`, which need not exist
     step: int  # the step that training resumes at
@@ -138,7 +138,7 @@ def rewind_metrics(
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
-# %% ../../nbs/43_train.trainer.ipynb #c71d68d1
+# %% ../../nbs/43_train.trainer.ipynb #04f60634
 FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
         "keep", "log_every", "sample_every", "save_every"}
 
@@ -153,7 +153,7 @@ def refuse_changes(
     if changed: raise ValueError(f"{directory} was trained with other settings ({'; '.join(changed)}): "
                                  "choose another --run or the old settings")
 
-# %% ../../nbs/43_train.trainer.ipynb #6a496cf2
+# %% ../../nbs/43_train.trainer.ipynb #b520c100
 class Trainer:
     "Trains one stage: `fit` runs until the steps or the minutes are used up, or until it is asked to stop"
     def __init__(
@@ -174,7 +174,7 @@ class Trainer:
         self.ema = EMA(stage.model, config.ema)
         self.step, self.seconds, self.window = 0, 0.0, Window()
 
-# %% ../../nbs/43_train.trainer.ipynb #907519c9
+# %% ../../nbs/43_train.trainer.ipynb #99362235
 @patch
 def step_once(self: Trainer):
     "Draw a batch, measure the loss, update weights and their average"
@@ -195,7 +195,7 @@ def step_once(self: Trainer):
     self.step += 1
     self.window.add(dict(loss=loss, grad_norm=norm, **metrics))
 
-# %% ../../nbs/43_train.trainer.ipynb #bf4eb32b
+# %% ../../nbs/43_train.trainer.ipynb #472d64f9
 @patch
 def settings(self: Trainer) -> dict:  # JSON-ready
     "Return what this run depends on, flags and recipe merged"
@@ -227,7 +227,7 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
     return True
 
-# %% ../../nbs/43_train.trainer.ipynb #0e24420d
+# %% ../../nbs/43_train.trainer.ipynb #667677f8
 @patch
 def log(self: Trainer) -> dict:  # the row
     "Append a row to `metrics.jsonl`"
@@ -263,7 +263,7 @@ def finish(
         if log.exists() and log.stat().st_size: viz.curve(log, out=self.directory / "loss.png")
     barrier()
 
-# %% ../../nbs/43_train.trainer.ipynb #0b657838
+# %% ../../nbs/43_train.trainer.ipynb #1d3dd1c6
 @patch
 def finished(self: Trainer) -> bool:
     "Return whether the steps or the minutes are used up"
@@ -294,7 +294,7 @@ def tick(self: Trainer, bar: tqdm):
     if self.step % c.save_every == 0: self.save()
     if self.step % c.sample_every == 0: self.sample()
 
-# %% ../../nbs/43_train.trainer.ipynb #0a3794ca
+# %% ../../nbs/43_train.trainer.ipynb #58e0ef3c
 @patch
 def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was asked to stop)
     "Train until the steps or minutes are used up; the same call on the same directory resumes"
