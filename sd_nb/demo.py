@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_prompt', 'save_picture', 'training_command', 'run_and_wait', 'check_writable', 'Demo', 'summary']
 
-# %% ../nbs/52_demo.ipynb #0de56db4
+# %% ../nbs/52_demo.ipynb #624e0dd4
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .model.tokenizer import Tokenizer
 
-# %% ../nbs/52_demo.ipynb #693b643d
+# %% ../nbs/52_demo.ipynb #1edb9c5c
 def check_prompt(
     prompt: str,  # what the user typed
     tokenizer: Tokenizer | None = None  # of the model that shall draw it; None: check only what needs none
@@ -34,7 +34,7 @@ def check_prompt(
     if not tokenizer.knows(prompt): raise ValueError(f"prompt {short!r} holds no word that the model's tokenizer knows")
     return prompt
 
-# %% ../nbs/52_demo.ipynb #2aec3bc5
+# %% ../nbs/52_demo.ipynb #23ebba3b
 def save_picture(
     picture: Image,  # what was drawn
     path: Path,  # where to write it, ending in .png
@@ -51,7 +51,7 @@ def save_picture(
     picture.save(temporary, format="PNG", pnginfo=info)
     return temporary.replace(path)
 
-# %% ../nbs/52_demo.ipynb #0cfaba62
+# %% ../nbs/52_demo.ipynb #ee54bfbf
 def training_command(
     run: Path,  # run directory
     minutes: float,  # training time of the three stages together
@@ -67,14 +67,16 @@ def training_command(
 
 def run_and_wait(
     command: list[str]  # words of a command that handles Ctrl-C itself
-) -> int:  # its exit code
+) -> int:  # its exit code; 130 after a Ctrl-C that ended it
     "Run a command; on Ctrl-C wait until it has finished by itself"
-    process = subprocess.Popen(command)
+    process, stopped = subprocess.Popen(command), False
     while True:
-        try: return process.wait()
-        except KeyboardInterrupt: print("\nstopping: finishing the step and saving a checkpoint ...", file=sys.stderr)
+        try: return 130 if process.wait() and stopped else process.returncode
+        except KeyboardInterrupt:
+            stopped = True
+            print("\nstopping: finishing the step and saving a checkpoint ...", file=sys.stderr)
 
-# %% ../nbs/52_demo.ipynb #1fba25b0
+# %% ../nbs/52_demo.ipynb #8920c25d
 def check_writable(
     directory: Path  # that shall be written to; made when it is missing
 ) -> Path:  # the same
@@ -85,7 +87,7 @@ def check_writable(
     probe.unlink()
     return directory
 
-# %% ../nbs/52_demo.ipynb #f8e61915
+# %% ../nbs/52_demo.ipynb #68943357
 @dataclass(frozen=True)
 class Demo:
     "Train the tiny model on the embedded emoji for a few minutes, then draw a prompt with it"
@@ -118,7 +120,7 @@ class Demo:
         settings = dict(steps=20, guidance=4.0, sampler="dpmpp_2m", seed=self.seed)
         return save_picture(pipe(self.prompt, **settings)[0], directory / "prompt.png", self.prompt, **settings)
 
-# %% ../nbs/52_demo.ipynb #1e71176f
+# %% ../nbs/52_demo.ipynb #a08ca325
 def summary(
     run: Path,  # run directory
     picture: Path  # what was drawn

@@ -1,4 +1,6 @@
 """The demo and the command line around it."""
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +131,14 @@ def test_the_command_is_installed():
     "`sd-nb` is a program beside this Python"
     said = subprocess.run([Path(sys.executable).with_name("sd-nb"), "--help"], capture_output=True, text=True, check=True)
     assert "generate" in said.stdout
+
+
+def test_ctrl_c_waits_for_the_trainer(tmp_path):
+    "On Ctrl-C the demo waits until training has ended by itself, and answers 130"
+    child = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *a: (time.sleep(0.5), print('saved'), sys.exit(1))); print('ready', flush=True); time.sleep(60)"
+    parent = f"import sys; from sd_nb.demo import run_and_wait; sys.exit(run_and_wait([sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved" in out and "saving a checkpoint" in err
