@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,11 +109,21 @@ for cell in nb.cells:
 """
 
 
-@each_notebook
-def test_notebook_runs(path, scratch):
-    """Every cell runs, from top to bottom, in a fresh process."""
+@pytest.fixture(scope="module")
+def runs(request, scratch):
+    """The chosen notebooks, started side by side, one process and one thread on each core."""
     skip = re.search(r"^tst_flags = (.*)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M).group(1)
-    code, out = run("-c", RUNNER, path.name, skip, cwd=scratch / "nbs")
+    chosen = [i.callspec.params["path"] for i in request.session.items if getattr(i, "originalname", "") == "test_notebook_runs"]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {path: pool.submit(run, "-c", RUNNER, path.name, skip, cwd=scratch / "nbs", OMP_NUM_THREADS="1") for path in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.timeout(1800)  # waits for its turn
+@each_notebook
+def test_notebook_runs(path, runs):
+    """Every cell runs, from top to bottom, in a fresh process."""
+    code, out = runs[path].result()
     assert code == 0, out[-4000:]
 
 
