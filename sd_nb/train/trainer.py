@@ -145,7 +145,7 @@ class Trainer:
         stage: Stage,  # the network and its data
         config: Config,  # the run
         world: World,  # the processes
-        minutes: float | None = None  # training time of this stage, over all its sessions
+        minutes: float | None = None  # training time of this stage, over all its starts
     ):
         self.stage, self.config, self.world, self.minutes = stage, config, world, minutes
         self.recipe = config.recipe(stage.name)
