@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'file_name', 'Generate', 'open_model', 'train', 'run_command', 'main', 'usage']
 
-# %% ../nbs/53_cli.ipynb #25310c27
+# %% ../nbs/53_cli.ipynb #a42b19e9
 import re
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from . import viz
 from .config import one_line_errors, parse
 from .demo import Demo, check_prompt, check_writable, save_picture
 
-# %% ../nbs/53_cli.ipynb #79721d29
+# %% ../nbs/53_cli.ipynb #8053212d
 def file_name(
     prompt: str,  # any text
     seed: int  # of the picture
@@ -30,7 +30,7 @@ def file_name(
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
     return f"{slug or 'picture'}-{seed}.png"
 
-# %% ../nbs/53_cli.ipynb #4901ae6d
+# %% ../nbs/53_cli.ipynb #afe19c35
 @dataclass(frozen=True)
 class Generate:
     "Draw pictures from a prompt and save them as PNG files that carry their settings"
@@ -61,7 +61,7 @@ class Generate:
         if self.grid: self.save(viz.grid(pictures), sheet, self.seed)
         return 0
 
-# %% ../nbs/53_cli.ipynb #4d96b09d
+# %% ../nbs/53_cli.ipynb #1f5f30c7
 @patch
 def files(self: Generate) -> tuple[list[Path], Path]:  # the pictures, and the grid
     "Name the files, and refuse to overwrite"
@@ -80,12 +80,11 @@ def settings(self: Generate) -> dict:  # arguments of the pipeline
     size = dict(height=self.height, width=self.width)
     return dict(steps=self.steps, guidance=self.guidance, sampler=self.sampler, **size)
 
-# %% ../nbs/53_cli.ipynb #4033aced
+# %% ../nbs/53_cli.ipynb #1752c56d
 @patch
 def save(self: Generate, picture: Image, path: Path, seed: int):
-    "Save a picture with its settings under the names that viewers know, and say where"
-    about = {"Steps": self.steps, "Sampler": self.sampler, "CFG scale": self.guidance, "Seed": seed,
-             "Size": "{}x{}".format(*picture.size), "Model": self.model}
+    "Save a picture with its settings, and say where"
+    about = dict(steps=self.steps, sampler=self.sampler, guidance=self.guidance, seed=seed, model=self.model)
     tqdm.write(str(save_picture(picture, path, self.prompt, self.negative, **about)))
 
 
@@ -108,7 +107,7 @@ def open_model(
         raise FileNotFoundError(f"no model directory at {model}: `sd-nb demo` trains one, --model names another")
     return StableDiffusion.from_pretrained(model)
 
-# %% ../nbs/53_cli.ipynb #1c1b9d7c
+# %% ../nbs/53_cli.ipynb #679c5866
 def train(
     args: list[str],  # a preset and flags
     prog: str  # as the user typed it
@@ -129,7 +128,7 @@ def run_command(
         raise ValueError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)} (see sd-nb --help)")
     return parse(COMMANDS[name], args, prog).run()
 
-# %% ../nbs/53_cli.ipynb #02988af3
+# %% ../nbs/53_cli.ipynb #82fe3a09
 COMMANDS = dict(demo=Demo, generate=Generate, train=train)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'TINY', 'SMALL', 'SD1', 'PRESETS', 'PROMPTS', 'FREE', 'PRESET_HELP', 'Recipe', 'Config', 'check',
            'count_parameters', 'refuse_changes', 'parse', 'config_from_args', 'one_line_errors']
 
-# %% ../nbs/00_config.ipynb #522eec79
+# %% ../nbs/00_config.ipynb #4867e12f
 import contextlib
 import io
 import json
@@ -22,7 +22,7 @@ from .model.autoencoder import AutoencoderConfig
 from .model.clip import CLIPConfig, ImageEncoderConfig, TextEncoderConfig
 from .model.unet import UNetConfig
 
-# %% ../nbs/00_config.ipynb #413880c0
+# %% ../nbs/00_config.ipynb #e387b595
 STAGES = ("autoencoder", "clip", "unet")  # in the order in which each needs the one before
 
 
@@ -34,7 +34,7 @@ class Recipe:
     lr: float  # learning rate of AdamW after the warm-up
     share: float  # part of a budget given in minutes
 
-# %% ../nbs/00_config.ipynb #185e0d60
+# %% ../nbs/00_config.ipynb #400ce45a
 @dataclass(frozen=True)
 class Config:
     "Everything a training run depends on"
@@ -65,7 +65,7 @@ class Config:
     clip: CLIPConfig = CLIPConfig()
     recipes: Annotated[dict[str, Recipe], tyro.conf.Suppress] = field(default_factory=dict)  # one per stage
 
-# %% ../nbs/00_config.ipynb #2894dfb5
+# %% ../nbs/00_config.ipynb #41883ccf
 @patch
 def recipe(
     self: Config,
@@ -82,14 +82,14 @@ def to_dict(self: Config) -> dict:  # JSON-ready, paths as strings
     "Return the config as plain data, as `config.json` in a run directory holds it"
     return json.loads(json.dumps(asdict(self), default=str))
 
-# %% ../nbs/00_config.ipynb #3d63ed1d
+# %% ../nbs/00_config.ipynb #bf4b283a
 def check(
     config: Config  # the config to look at
 ) -> Config:  # the same
     "Raise a ValueError that names the first setting that cannot work"
     for name in ("steps", "batch", "minutes", "lr", "warmup", "log_every", "sample_every", "save_every", "keep"):
         value = getattr(config, name)
-        if value is not None and value <= 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
+        if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
     unet, autoencoder, text = config.unet, config.autoencoder, config.clip.text
     if unet.c_in != autoencoder.c_latent:
         raise ValueError(f"--unet.c-in {unet.c_in} must equal --autoencoder.c-latent {autoencoder.c_latent}")
@@ -99,7 +99,7 @@ def check(
     if config.size % factor: raise ValueError(f"--size {config.size} must be a multiple of {factor}")
     return config
 
-# %% ../nbs/00_config.ipynb #ae4912dc
+# %% ../nbs/00_config.ipynb #b3987093
 TINY = Config(
     run=Path("runs/tiny"), size=64, warmup=100, ema=0.999, sample_every=500, save_every=250,
     unet=UNetConfig(
@@ -113,7 +113,7 @@ TINY = Config(
         clip=Recipe(steps=2_000, batch=64, lr=1e-3, share=0.1),
         unet=Recipe(steps=120_000, batch=16, lr=1e-3, share=0.65)))
 
-# %% ../nbs/00_config.ipynb #fb96df2d
+# %% ../nbs/00_config.ipynb #597c8ec1
 SMALL = Config(
     run=Path("runs/small"), size=256,
     unet=UNetConfig(width=192, mults=(1, 2, 4), attn=(True, True, True), heads=8, d_context=512),
@@ -131,7 +131,7 @@ SD1 = Config(recipes=dict(
     unet=Recipe(steps=850_000, batch=2048, lr=1e-4, share=0.7)))
 PRESETS = dict(tiny=TINY, small=SMALL, sd1=SD1)
 
-# %% ../nbs/00_config.ipynb #0ca3cbe3
+# %% ../nbs/00_config.ipynb #e91bfac0
 def count_parameters(
     config: Config  # the run
 ) -> dict[str, int]:  # parameters of each network
@@ -145,11 +145,11 @@ def count_parameters(
             autoencoder=Autoencoder(config.autoencoder), clip=CLIP(config.clip), unet=UNet(config.unet))
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-# %% ../nbs/00_config.ipynb #7091be7a
+# %% ../nbs/00_config.ipynb #5ccc3857
 PROMPTS = tuple(f"{thing}, {style} style" for style in ("flat", "noto") for thing in (
     "red apple", "grinning face", "blue heart", "cat face", "pizza", "rocket", "evergreen tree", "soccer ball"))
 
-# %% ../nbs/00_config.ipynb #9eb0c075
+# %% ../nbs/00_config.ipynb #0f7455e3
 FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
         "keep", "log_every", "sample_every", "save_every"}
 
@@ -164,7 +164,7 @@ def refuse_changes(
     if changed: raise ValueError(f"{directory} was trained with other settings ({'; '.join(changed)}): "
                                  "choose another --run or the old settings")
 
-# %% ../nbs/00_config.ipynb #e93d790e
+# %% ../nbs/00_config.ipynb #1799186c
 def parse(
     kind,  # the dataclass or function to fill from flags
     args: list[str],  # the words after the command
@@ -181,7 +181,7 @@ def parse(
     paragraphs = " ".join(line if line.strip("─-") else "\n" for line in inside).split("\n")  # rules end them
     raise ValueError(f"{next(p.strip() for p in paragraphs if p.strip())} (see {prog} --help)") from None
 
-# %% ../nbs/00_config.ipynb #ecb6bfbe
+# %% ../nbs/00_config.ipynb #553480d3
 def config_from_args(
     args: list[str],  # a preset's name, then flags
     prog: str  # the command as the user typed it
@@ -196,7 +196,7 @@ def config_from_args(
 
 PRESET_HELP = f"Train a model. PRESET is one of {', '.join(PRESETS)}; the defaults shown are those of tiny."
 
-# %% ../nbs/00_config.ipynb #9b3ed9b1
+# %% ../nbs/00_config.ipynb #7b213c9a
 @contextlib.contextmanager
 def one_line_errors(
     prog: str  # name of the command, printed before the message

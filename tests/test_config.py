@@ -29,7 +29,7 @@ def test_to_dict_is_json():
 
 @pytest.mark.parametrize("words, culprit", [
     ("", "unknown preset ''"), ("huge", "unknown preset 'huge'"), ("tiny --colour 3", "--colour"), ("tiny --batch many", "--batch"),
-    ("tiny --stage decoder", "--stage"), ("tiny --size 100", "--size 100"), ("tiny --steps 0", "--steps 0"), ("tiny --minutes -1", "--minutes -1"),
+    ("tiny --stage decoder", "--stage"), ("tiny --size 100", "--size 100"), ("tiny --steps 0", "--steps 0"), ("tiny --minutes -1", "--minutes -1"), ("tiny --minutes nan", "--minutes nan"),
     ("tiny --unet.d-context 5", "--unet.d-context 5")])
 def test_mistakes_are_one_line_and_exit_code_2(words, culprit, capsys):
     "A mistake on the command line ends with exit code 2 and one line that names it"

@@ -36,7 +36,8 @@ def test_demo_trains_draws_and_resumes(tmp_path, short_training, capsys):
     assert code == 0
     for name in ("samples", "checkpoints"): assert any((run / name).iterdir())
     for name in ("loss.png", "metrics.jsonl", "prompt.png", "model/model_index.json", "config.json"): assert (run / name).is_file() and str(run) in out
-    assert Image.open(run / "prompt.png").text["parameters"].startswith("blue heart, flat style\n")
+    about = Image.open(run / "prompt.png").text["parameters"]
+    assert about == "blue heart, flat style\nSteps: 20, Sampler: dpmpp_2m, CFG scale: 4.0, Seed: 0, Size: 16x16"
     log = (run / "metrics.jsonl").read_text()
     assert say(capsys, "demo", "--minutes", 0.1, "--run", run, "--prompt", "red apple")[0] == 0
     assert (run / "metrics.jsonl").read_text() == log
@@ -77,7 +78,7 @@ def test_generate_writes_pictures_with_their_settings(tmp_path, model, capsys):
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert code == 0 and names == ["a-red-apple-5-grid-3.png", "a-red-apple-5.png", "a-red-apple-6.png", "a-red-apple-7.png"]
     text = Image.open(tmp_path / "out" / "a-red-apple-6.png").text["parameters"]
-    assert text.splitlines()[:2] == ["a red apple", "Negative prompt: blue"] and "Seed: 6" in text and "Steps: 2" in text
+    assert text.splitlines()[:2] == ["a red apple", "Negative prompt: blue"] and "Seed: 6, " in text and "Steps: 2, " in text and "CFG scale: 4.0, " in text
 
 
 def test_generate_draws_what_the_pipeline_draws(tmp_path, model, capsys):

@@ -107,7 +107,9 @@ def test_not_finite_stops_before_the_weights(tmp_path):
 def test_changed_settings_are_refused(whole):
     "Another seed on an old run is refused by name; more steps are not"
     changed = replace(config(whole.directory), seed=1)
+    stored = (whole.directory / "config.json").read_bytes()
     with pytest.raises(ValueError, match="seed 0 -> 1"): Trainer(Toy(), changed, ALONE).fit()
+    assert (whole.directory / "config.json").read_bytes() == stored
     longer = Trainer(Toy(), replace(config(whole.directory), steps=25), ALONE)
     assert longer.fit() and longer.step == 25
     refuse_changes(dict(steps=1), dict(steps=2), whole.directory)

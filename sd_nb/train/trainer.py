@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draws', 'Stage', 'learning_rate', 'make_optimizer', 'Window', 'stop_requested', 'rewind_metrics', 'Trainer']
 
-# %% ../../nbs/43_train.trainer.ipynb #1e806953
+# %% ../../nbs/43_train.trainer.ipynb #dc7379e4
 import json
 import os
 import signal
@@ -27,7 +27,7 @@ from . import checkpoint
 from .ema import EMA
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
 
-# %% ../../nbs/43_train.trainer.ipynb #759a81bc
+# %% ../../nbs/43_train.trainer.ipynb #51b1b966
 class Draws:
     "The random numbers of one step: a function of (seed, step), cut to this process's part of the batch"
     def __init__(
@@ -54,7 +54,7 @@ class Draws:
         "Draw a number between 0 and 1 for each picture"
         return torch.rand(self.batch, generator=self.generator)[self.part]
 
-# %% ../../nbs/43_train.trainer.ipynb #63992c41
+# %% ../../nbs/43_train.trainer.ipynb #855dcd7a
 class Stage(Protocol):
     "What the loop needs to know about one network"
     name: str  # "autoencoder", "clip" or "unet"
@@ -66,7 +66,7 @@ class Stage(Protocol):
     def preview(self, path: Path) -> None: "Draw what the network can do into a PNG"
     def export(self, directory: Path) -> None: "Write the network's part of a model directory"
 
-# %% ../../nbs/43_train.trainer.ipynb #0c3845cf
+# %% ../../nbs/43_train.trainer.ipynb #26dfbbf7
 def learning_rate(
     step: int,  # number of the step, from 0
     peak: float,  # the rate after the warm-up
@@ -75,7 +75,7 @@ def learning_rate(
     "Return the learning rate: linear warm-up, then constant"
     return peak * min(1.0, (step + 1) / warmup)
 
-# %% ../../nbs/43_train.trainer.ipynb #3ef05b56
+# %% ../../nbs/43_train.trainer.ipynb #2c9edc30
 def make_optimizer(
     model: nn.Module,  # the network
     weight_decay: float  # pull towards zero, on matrices and convolutions only
@@ -86,7 +86,7 @@ def make_optimizer(
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
 
-# %% ../../nbs/43_train.trainer.ipynb #1bd13bc4
+# %% ../../nbs/43_train.trainer.ipynb #3d8c35fe
 class Window:
     "Means of metrics since the last row of the log"
     def __init__(self): self.sums, self.counts = {}, {}
@@ -107,7 +107,7 @@ class Window:
         self.sums, self.counts = {}, {}
         return {name: (total / count).item() for name, (total, count) in zip(names, totals) if count}
 
-# %% ../../nbs/43_train.trainer.ipynb #26a601ea
+# %% ../../nbs/43_train.trainer.ipynb #6152c27b
 @contextmanager
 def stop_requested():  # yields a function that returns whether a stop was asked for
     "Turn SIGINT and SIGTERM into a note that the loop reads between two steps"
@@ -121,7 +121,7 @@ def stop_requested():  # yields a function that returns whether a stop was asked
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/43_train.trainer.ipynb #3646a2ec
+# %% ../../nbs/43_train.trainer.ipynb #1cb08bc3
 def rewind_metrics(
     path: Path,  # `metrics.jsonl`, which need not exist
     step: int  # the step that training resumes at
@@ -137,7 +137,7 @@ def rewind_metrics(
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
-# %% ../../nbs/43_train.trainer.ipynb #4c43234a
+# %% ../../nbs/43_train.trainer.ipynb #87b919ef
 class Trainer:
     "Trains one stage: `fit` runs until the steps or the minutes are used up, or until it is asked to stop"
     def __init__(
@@ -158,7 +158,7 @@ class Trainer:
         self.ema = EMA(stage.model, config.ema)
         self.step, self.seconds, self.window = 0, 0.0, Window()
 
-# %% ../../nbs/43_train.trainer.ipynb #88105a27
+# %% ../../nbs/43_train.trainer.ipynb #48063f61
 @patch
 def step_once(self: Trainer):
     "Draw a batch, measure the loss, update weights and their average"
@@ -179,7 +179,7 @@ def step_once(self: Trainer):
     self.step += 1
     self.window.add(dict(loss=loss, grad_norm=norm, **metrics))
 
-# %% ../../nbs/43_train.trainer.ipynb #a3605f69
+# %% ../../nbs/43_train.trainer.ipynb #c7efc9b0
 @patch
 def settings(self: Trainer) -> dict:  # JSON-ready
     "Return what this run depends on, flags and recipe merged"
@@ -211,7 +211,7 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
     return True
 
-# %% ../../nbs/43_train.trainer.ipynb #47babd01
+# %% ../../nbs/43_train.trainer.ipynb #18130108
 @patch
 def log(self: Trainer) -> dict:  # the row
     "Append a row to `metrics.jsonl`"
@@ -232,7 +232,7 @@ def sample(self: Trainer):
         with self.ema.swapped(): self.stage.preview(path)
     barrier()
 
-# %% ../../nbs/43_train.trainer.ipynb #3c53ac66
+# %% ../../nbs/43_train.trainer.ipynb #d4fd3a77
 @patch
 def finish(
     self: Trainer,
@@ -247,7 +247,7 @@ def finish(
         if log.exists() and log.stat().st_size: viz.curve(log, out=self.directory / "loss.png")
     barrier()
 
-# %% ../../nbs/43_train.trainer.ipynb #64d4199c
+# %% ../../nbs/43_train.trainer.ipynb #714a00de
 @patch
 def finished(self: Trainer) -> bool:
     "Return whether the steps or the minutes are used up"
@@ -264,7 +264,7 @@ def progress(self: Trainer) -> tqdm:
     return tqdm(desc=f"{self.stage.name:11}", initial=done, bar_format=shape, disable=not is_main(self.world),
                 dynamic_ncols=True, **unit)
 
-# %% ../../nbs/43_train.trainer.ipynb #27c546f3
+# %% ../../nbs/43_train.trainer.ipynb #c7c6cb57
 @patch
 def tick(self: Trainer, bar: tqdm):
     "Do one step, and what is due after it"
@@ -278,14 +278,14 @@ def tick(self: Trainer, bar: tqdm):
     if self.step % c.save_every == 0: self.save()
     if self.step % c.sample_every == 0: self.sample()
 
-# %% ../../nbs/43_train.trainer.ipynb #1ef08eff
+# %% ../../nbs/43_train.trainer.ipynb #97aabd1e
 @patch
 def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was asked to stop)
     "Train until the steps or minutes are used up; the same call on the same directory resumes"
+    self.restore()  # first: a run that refuses these settings stays as it is
     if is_main(self.world):
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2))
-    self.restore()
     stopped = False
     with stop_requested() as stop, self.progress() as bar:
         while not agree(self.finished()) and not stopped:
