@@ -104,3 +104,15 @@ def test_heads_must_divide_width():
     """A width that heads do not divide is refused in one line that names both."""
     with pytest.raises(ValueError, match="width 30 does not divide into 8 heads"):
         Attention(30)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masked_positions_are_as_if_they_were_not_there(causal):
+    """Hiding the last positions equals leaving them out, whatever they hold; other rows of the batch are not touched."""
+    attention = randomise(Attention(16, heads=4))
+    x, mask = randn(2, 6, 16), torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    y = attention(x, causal=causal, mask=mask)
+    assert_close(y[:1, :4], attention(x[:1, :4], causal=causal))
+    assert_close(y[1:], attention(x[1:], causal=causal))
+    x[0, 4:] = 1e3
+    assert_close(attention(x, causal=causal, mask=mask)[0, :4], y[0, :4])

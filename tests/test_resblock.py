@@ -76,3 +76,11 @@ def test_upsample_is_diffusers():
     x = randn(2, 8, 3, 5).requires_grad_()
     assert_same((ours(x), theirs(x)), pairs, [x])
     assert ours(x).shape == (2, 8, 6, 10)
+
+
+def test_a_new_block_adds_nothing():
+    """With its last convolution at zero, an untrained block is its skip."""
+    x, t = randn(2, 32, 4, 4), randn(2, 8)
+    assert torch.equal(ResBlock(32, 32, 8)(x, t), x)
+    block = ResBlock(32, 64, 8)
+    assert torch.equal(block(x, t), block.skip(x))

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from parity import randn, randomise
 from sd_nb.interop import UNET_NAMES, rename, save_unet
-from sd_nb.model.unet import UNet, UNetConfig
+from sd_nb.model.unet import UNet, UNetConfig, recompute_blocks
 
 SMALL = UNetConfig(width=32, mults=(1, 2, 2), attn=(False, True, True), blocks=1, heads=4, d_context=24, groups=8)
 SD2_LIKE = UNetConfig(width=16, mults=(1, 2), attn=(True, False), blocks=2, head_width=8, depth=2, d_context=24,
@@ -146,3 +146,23 @@ def test_it_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]  # the mean of both targets alone would leave about half
+
+
+@pytest.mark.parametrize("config", [SMALL, SD2_LIKE], ids=["sd1-like", "sd2-like"])
+def test_recomputing_changes_no_number(config):
+    """Gradient checkpointing gives the same bits, keeps a fraction of the bytes, keeps names, and can be switched off."""
+    unet, inputs, sizes, results = randomise(UNet(config)), batch(config), [], []
+    names = list(unet.state_dict())
+    for on in (False, True, False):
+        assert list(recompute_blocks(unet, on).state_dict()) == names
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            y = unet(*inputs)
+        bytes_of = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+        for p in unet.parameters():
+            bytes_of.pop(p.untyped_storage().data_ptr(), None)
+        sizes.append(sum(bytes_of.values()))
+        results.append([y, *torch.autograd.grad(y.square().mean(), list(unet.parameters()))])
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert sizes[1] < sizes[0] / 3 and sizes[2] == sizes[0]

@@ -5,24 +5,29 @@
 # %% auto #0
 __all__ = ['attend', 'Attention', 'FeedForward', 'TransformerBlock', 'PixelLinear', 'SpatialTransformer']
 
-# %% ../../nbs/10_model.attention.ipynb #bcdfd54f
+# %% ../../nbs/10_model.attention.ipynb #8f65c27b
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../../nbs/10_model.attention.ipynb #f26d24de
+# %% ../../nbs/10_model.attention.ipynb #9b0768d4
 def attend(
     q: Tensor,  # queries `(b, heads, n, d)`
     k: Tensor,  # keys `(b, heads, m, d)`
     v: Tensor,  # values `(b, heads, m, d)`
     causal: bool = False,  # may position i look only at positions 0..i?
+    mask: Tensor | None = None,  # `(b, m)` bool: which positions may be looked at; None: all
 ) -> Tensor:  # mixed values `(b, heads, n, d)`
     "Mix values by how well their keys match each query (Attention Is All You Need, eq. 1)."
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if mask is None: return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    mask = mask[:, None, None]                                                                    # (b, 1, 1, m)
+    if causal: mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=bool, device=q.device).tril()  # (b, 1, n, m)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-# %% ../../nbs/10_model.attention.ipynb #1ef5fab2
+# %% ../../nbs/10_model.attention.ipynb #8423c93c
 class Attention(nn.Module):
     "Project to queries, keys and values, attend in several heads, project back."
 
@@ -44,14 +49,15 @@ class Attention(nn.Module):
         x: Tensor,  # what asks `(b, n, width)`
         context: Tensor | None = None,  # what answers `(b, m, context_width)`; None: `x` itself
         causal: bool = False,  # hide the future?
+        mask: Tensor | None = None,  # `(b, m)` bool: which answers count; None: all
     ) -> Tensor:  # `(b, n, width)`
         "Ask `context` (or `x` itself) on behalf of each position of `x`."
         context = x if context is None else context
         q, k, v = self.query(x), self.key(context), self.value(context)                         # (b, n, h d)
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))       # (b, h, n, d)
-        return self.out(rearrange(attend(q, k, v, causal), "b h n d -> b n (h d)"))             # (b, n, width)
+        return self.out(rearrange(attend(q, k, v, causal, mask), "b h n d -> b n (h d)"))             # (b, n, width)
 
-# %% ../../nbs/10_model.attention.ipynb #5132339e
+# %% ../../nbs/10_model.attention.ipynb #693fe1f3
 class FeedForward(nn.Module):
     "Think about each position on its own: a two-layer network with a gate (GEGLU, Shazeer 2020, eq. 6)."
 
@@ -70,7 +76,7 @@ class FeedForward(nn.Module):
         value, gate = self.up(x).chunk(2, dim=-1)  # (..., mult width) each
         return self.down(value * F.gelu(gate))     # (..., width)
 
-# %% ../../nbs/10_model.attention.ipynb #96c8145e
+# %% ../../nbs/10_model.attention.ipynb #a234c9b6
 class TransformerBlock(nn.Module):
     "Look at the other pixels, look at the words, think: each step adds to `x`."
 
@@ -96,7 +102,7 @@ class TransformerBlock(nn.Module):
         x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
-# %% ../../nbs/10_model.attention.ipynb #dd388aed
+# %% ../../nbs/10_model.attention.ipynb #363798a0
 class PixelLinear(nn.Linear):
     "Mix the channels of each pixel: a 1x1 convolution whose weight is stored as a matrix."
 
@@ -106,7 +112,7 @@ class PixelLinear(nn.Linear):
         "Apply the matrix to the channel axis."
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
-# %% ../../nbs/10_model.attention.ipynb #e64c48bf
+# %% ../../nbs/10_model.attention.ipynb #68681c4a
 class SpatialTransformer(nn.Module):
     "Run transformer blocks over the pixels of a feature map (High-Resolution Image Synthesis, sec. 3.3)."
 

@@ -32,6 +32,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mults", tuple(self.mults))  # JSON has lists
+        if not self.mults or self.mults[0] != 1: raise ValueError(f"mults {self.mults} must begin with 1")
         for c in self.widths:
             if c % self.groups: raise ValueError(f"a level of {c} channels does not divide into {self.groups} groups")
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'ResBlock', 'Downsample', 'Upsample']
 
-# %% ../../nbs/11_model.resblock.ipynb #63d79720
+# %% ../../nbs/11_model.resblock.ipynb #3289b387
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/11_model.resblock.ipynb #d3f6a161
+# %% ../../nbs/11_model.resblock.ipynb #c4ed5609
 def timestep_embedding(
     t: Tensor,  # timesteps, integer or not `(b,)`
     width: int,  # size of the embedding, even
@@ -25,7 +25,7 @@ def timestep_embedding(
     angles = t[:, None].float() * rates                                                    # (b, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                                 # (b, width)
 
-# %% ../../nbs/11_model.resblock.ipynb #258e1b01
+# %% ../../nbs/11_model.resblock.ipynb #9df5d79c
 class TimeEmbedding(nn.Module):
     "Turn timesteps into the vector that every ResBlock listens to."
 
@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
         waves = timestep_embedding(t, self.width).to(self.layer1.weight.dtype)  # (b, width)
         return self.layer2(F.silu(self.layer1(waves)))                          # (b, out)
 
-# %% ../../nbs/11_model.resblock.ipynb #4350626d
+# %% ../../nbs/11_model.resblock.ipynb #ef1b1dd8
 class ResBlock(nn.Module):
     "Add to `x` what two convolutions see in it, given the time (Deep Residual Learning, eq. 1)."
 
@@ -63,6 +63,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        for p in self.conv2.parameters(): nn.init.zeros_(p)
 
     def forward(self,
         x: Tensor,  # feature map `(b, c_in, h, w)`
@@ -76,7 +77,7 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))                             # (b, c_out, h, w)
         return self.skip(x) + h
 
-# %% ../../nbs/11_model.resblock.ipynb #85ae9401
+# %% ../../nbs/11_model.resblock.ipynb #0ba0cecd
 class Downsample(nn.Module):
     "Halve the sides of a feature map with a learned stride-2 convolution."
 
@@ -94,7 +95,7 @@ class Downsample(nn.Module):
         "Keep every second pixel of a convolution."
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
-# %% ../../nbs/11_model.resblock.ipynb #ec6fc896
+# %% ../../nbs/11_model.resblock.ipynb #0881e2f1
 class Upsample(nn.Module):
     "Double the sides of a feature map: repeat each pixel, then convolve the blocks away."
 
