@@ -154,3 +154,35 @@ def test_bad_shapes():
         ImageEncoderConfig(size=30)
     with pytest.raises(ValueError, match="'relu' is not one of quick_gelu, gelu"):
         TextEncoder(TextEncoderConfig(vocab=9, width=8, heads=2, layers=1, act="relu"))
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_masks_and_earlier_states_are_transformers(act, tmp_path):
+    """Every hidden state, with and without an attention mask, equals transformers'; so do the gradients."""
+    from transformers import CLIPTextModel
+    from sd_nb.interop import save_text_encoder
+
+    ours = randomise(TextEncoder(TextEncoderConfig(vocab=60, window=12, width=32, layers=3, heads=4, act=act))).eval()
+    save_text_encoder(tmp_path, ours)
+    theirs = CLIPTextModel.from_pretrained(tmp_path, subfolder="text_encoder").eval()
+    norm_out = next(m for name, m in theirs.named_modules() if name.endswith("final_layer_norm"))
+    ids, real = tokens(3, 10, 0), torch.arange(12) < torch.tensor([[5], [12], [2]])
+    ids = ids[:, :12]
+    real = real[:, :ids.shape[1]]
+    for mask in (None, real):
+        states = theirs(input_ids=ids, attention_mask=None if mask is None else mask.long(), output_hidden_states=True)
+        for skip in range(3):
+            a, b = ours(ids, mask, skip), norm_out(states.hidden_states[-1 - skip])
+            assert_close(a, b, atol=1e-5, rtol=1e-5)
+            grads = [torch.autograd.grad((y * y.detach().roll(1)).sum(), p, retain_graph=True)[0] for y, p in (
+                (a, ours.token_embedding.weight), (b, theirs.get_input_embeddings().weight))]
+            assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+    assert (ours(ids, real) - ours(ids)).abs().max() > 1e-3
+
+
+def test_no_block_left_is_refused():
+    """As many blocks as there are cannot be left out, nor fewer than none."""
+    model = TextEncoder(TextEncoderConfig(vocab=60, window=12, width=32, layers=2, heads=4))
+    for skip in (2, -1):
+        with pytest.raises(ValueError, match="from 0 to 1 blocks"):
+            model(torch.zeros(1, 12, dtype=torch.int64), skip=skip)

@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'quick_gelu', 'Block', 'TextEncoderConfig', 'TextEncoder', 'ImageEncoderConfig', 'ImageEncoder',
            'CLIPConfig', 'CLIP', 'contrastive_loss', 'accuracy']
 
-# %% ../../nbs/15_model.clip.ipynb #19b20f1a
+# %% ../../nbs/15_model.clip.ipynb #fbca69fe
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 
-# %% ../../nbs/15_model.clip.ipynb #0821d55d
+# %% ../../nbs/15_model.clip.ipynb #6e1e9a1c
 def quick_gelu(
     x: Tensor,  # any shape
 ) -> Tensor:  # the same shape
@@ -25,7 +25,7 @@ def quick_gelu(
 
 ACTIVATIONS = dict(quick_gelu=quick_gelu, gelu=F.gelu)  # SD 1.x and SD 2.x
 
-# %% ../../nbs/15_model.clip.ipynb #a3c6083b
+# %% ../../nbs/15_model.clip.ipynb #67ed413d
 class Block(nn.Module):
     "Look at the others, think, each time adding to `x`: the block of both encoders."
 
@@ -47,12 +47,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor,  # `(b, n, width)`
         causal: bool = False,  # hide the future?
+        mask: Tensor | None = None,  # `(b, n)` bool: which positions may be looked at; None: all
     ) -> Tensor:  # `(b, n, width)`
         "Normalise before each step, not after: deep stacks train better so."
-        x = x + self.attention(self.norm1(x), causal=causal)
+        x = x + self.attention(self.norm1(x), causal=causal, mask=mask)
         return x + self.down(self.act(self.up(self.norm2(x))))
 
-# %% ../../nbs/15_model.clip.ipynb #3e27f539
+# %% ../../nbs/15_model.clip.ipynb #ca92533c
 @dataclass(frozen=True)
 class TextEncoderConfig:
     "The shape of the text encoder; the defaults are CLIP ViT-L/14's, which Stable Diffusion 1.x listens to."
@@ -64,7 +65,7 @@ class TextEncoderConfig:
     mult: int = 4            # hidden channels of a block's network per channel
     act: str = "quick_gelu"  # its activation; SD 2.x: "gelu"
 
-# %% ../../nbs/15_model.clip.ipynb #33a7c45d
+# %% ../../nbs/15_model.clip.ipynb #898b3814
 class TextEncoder(nn.Module):
     "Turn tokens into one vector each, which knows what stood before it (CLIP, sec. 2.4)."
 
@@ -83,15 +84,18 @@ class TextEncoder(nn.Module):
 
     def forward(
         self, tokens: Tensor,  # token ids `(b, n)`
-    ) -> Tensor:  # last hidden state `(b, n, width)`
+        mask: Tensor | None = None,  # `(b, n)` bool: True for tokens that may be looked at; None: all, as SD does
+        skip: int = 0,  # how many of the last blocks to leave out: 0 for SD 1.x, 1 for SD 2.x's penultimate state
+    ) -> Tensor:  # hidden state after the final norm `(b, n, width)`
         "Look up each token and its place, then read from left to right."
-        n = tokens.shape[1]
-        if n > self.config.window: raise ValueError(f"{n} tokens do not fit the window of {self.config.window}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:n]  # (b, n, width)
-        for block in self.blocks: x = block(x, causal=True)                    # (b, n, width)
-        return self.norm_out(x)                                                # (b, n, width)
+        (n, window), layers = (tokens.shape[1], self.config.window), len(self.blocks)
+        if n > window: raise ValueError(f"{n} tokens do not fit the window of {window}")
+        if not 0 <= skip < layers: raise ValueError(f"skip is {skip}: from 0 to {layers - 1} blocks can be left out")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:n]               # (b, n, width)
+        for block in self.blocks[:layers - skip]: x = block(x, causal=True, mask=mask)      # (b, n, width)
+        return self.norm_out(x)                                                             # (b, n, width)
 
-# %% ../../nbs/15_model.clip.ipynb #0da956b9
+# %% ../../nbs/15_model.clip.ipynb #38301888
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     "The shape of the image encoder, a small Vision Transformer (CLIP ViT-L: 224, 14, 1024, 24, 16)."
@@ -107,7 +111,7 @@ class ImageEncoderConfig:
     def __post_init__(self):
         if self.size % self.patch: raise ValueError(f"size {self.size} does not divide into patches of {self.patch}")
 
-# %% ../../nbs/15_model.clip.ipynb #67bc11e1
+# %% ../../nbs/15_model.clip.ipynb #d7b7a949
 class ImageEncoder(nn.Module):
     "Read a picture as a sentence of patches (An Image is Worth 16x16 Words, fig. 1)."
 
@@ -139,7 +143,7 @@ class ImageEncoder(nn.Module):
         for block in self.blocks: x = block(x)
         return self.norm_out(x[:, 0])                                     # (b, width)
 
-# %% ../../nbs/15_model.clip.ipynb #1e0c39c9
+# %% ../../nbs/15_model.clip.ipynb #c9f6d2c2
 @dataclass(frozen=True)
 class CLIPConfig:
     "Both encoders and the space they share."
@@ -147,7 +151,7 @@ class CLIPConfig:
     image: ImageEncoderConfig = ImageEncoderConfig()
     d_embed: int = 512  # size of the shared space
 
-# %% ../../nbs/15_model.clip.ipynb #091175f7
+# %% ../../nbs/15_model.clip.ipynb #8e65444c
 class CLIP(nn.Module):
     "Put pictures and texts into one space (Learning Transferable Visual Models, fig. 3)."
 
@@ -176,7 +180,7 @@ class CLIP(nn.Module):
         "Project the picture's summary into the shared space."
         return F.normalize(self.image_projection(self.image(x)), dim=-1)
 
-# %% ../../nbs/15_model.clip.ipynb #21fab6d9
+# %% ../../nbs/15_model.clip.ipynb #74995ba0
 def contrastive_loss(
     image_embed: Tensor,  # unit vectors `(b, d)`
     text_embed: Tensor,  # unit vectors of their texts, in the same order `(b, d)`
@@ -188,7 +192,7 @@ def contrastive_loss(
     pair = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
 
-# %% ../../nbs/15_model.clip.ipynb #ddff5f47
+# %% ../../nbs/15_model.clip.ipynb #169de428
 def accuracy(
     image_embed: Tensor,  # unit vectors `(b, d)`
     text_embed: Tensor,  # unit vectors of their texts, in the same order `(b, d)`
