@@ -135,3 +135,6 @@ def test_config():
     assert {SMALL: 1}[AutoencoderConfig(**asdict(SMALL))] == 1
     with pytest.raises(ValueError, match="20 channels.*32 groups"):
         AutoencoderConfig(width=20)
+    for mults in ((2, 4), ()):
+        with pytest.raises(ValueError, match="must begin with 1"):
+            AutoencoderConfig(mults=mults)

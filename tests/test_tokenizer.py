@@ -50,6 +50,39 @@ def test_any_text_is_cut_as_transformers_cuts_it(ours, theirs, text):
     assert ours.count(text) == len(theirs(text).input_ids)
 
 
+def of(*ranges, most=12):
+    "Strings of the characters in these ranges of code points."
+    return st.text(st.one_of(*(st.characters(min_codepoint=a, max_codepoint=b) for a, b in ranges)), max_size=most)
+
+
+SCRIPTS = [
+    of((0x1F300, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F)), of((0x1F1E6, 0x1F1FF)),  # emoji, joined; flags
+    of((0x4E00, 0x9FFF), (0x3040, 0x30FF), (0xAC00, 0xD7A3)), of((0x590, 0x6FF), (0x20, 0x20)),  # CJK; right to left
+    of((0x61, 0x7A), (0x300, 0x36F)), of((0x900, 0x97F)), of((0, 0x1F), (0x7F, 0x9F), (0x61, 0x63)),  # marks; controls
+    of((0x2000, 0x206F), (0x41, 0x5A)), of((0xC0, 0x24F)), of((0x20, 0x7E), most=40), text]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(texts=st.lists(st.one_of(*SCRIPTS), min_size=25, max_size=25))
+def test_ten_thousand_texts(long_window, theirs, texts):
+    """10,000 random strings of all kinds of scripts get transformers' ids, all of them, not only the first window."""
+    want = theirs(texts, padding="max_length", truncation=True, max_length=300).input_ids
+    assert long_window(texts).tolist() == want
+
+
+@pytest.fixture(scope="module")
+def long_window():
+    return Tokenizer.train(CAPTIONS, vocab_size=700, window=300)
+
+
+def test_a_text_of_100_kilobytes(ours, theirs):
+    """A very long text is counted whole and cut at the window."""
+    long = "red 猫 e\u0301😀 " * 6500
+    assert len(long.encode()) > 100_000
+    assert ours.count(long) == len(theirs(long, truncation=False).input_ids)
+    assert ours(long)[0].tolist() == ids(theirs, long)
+
+
 def test_batch(ours, theirs):
     """A list of texts is a batch, in order; no text is an empty batch."""
     texts = ["a red hat", "", "smiling face"]

@@ -120,7 +120,7 @@ def test_wrong_inputs_are_named():
 @pytest.mark.parametrize(("change", "words"), [
     (dict(attn=(True,)), "one entry per level"), (dict(groups=7), "groups 7"), (dict(heads=5), "heads 5"),
     (dict(head_width=48), "head_width 48"), (dict(width=31), "31 channels"), (dict(blocks=0), "blocks"),
-    (dict(mults=(), attn=()), "level")])
+    (dict(mults=(), attn=()), "level"), (dict(mults=(2, 2, 2)), "must begin with 1")])
 def test_impossible_configs_are_refused(change, words):
     """A shape that cannot be built is refused when the config is made, by the name of the field."""
     with pytest.raises(ValueError, match=words):
