@@ -156,3 +156,18 @@ def test_random_autoencoders_are_diffusers(config, h, w):
 def test_random_text_encoders_are_transformers(config):
     """Ten random shapes."""
     check_text(config, b=2)
+
+
+@pytest.mark.parametrize("ours, theirs, names", [
+    (lambda: UNet(UNetConfig()), lambda: UNet2DConditionModel.from_config(write_unet_config(UNetConfig())), UNET_NAMES),
+    (lambda: Autoencoder(AutoencoderConfig()),
+     lambda: AutoencoderKL.from_config(write_autoencoder_config(AutoencoderConfig())), AUTOENCODER_NAMES),
+    (lambda: TextEncoder(TextEncoderConfig()),
+     lambda: CLIPTextModel(CLIPTextConfig(**write_text_config(TextEncoderConfig()))), TEXT_NAMES_OF_THIS_RELEASE),
+], ids=["unet", "autoencoder", "text encoder"])
+def test_every_norm_has_their_epsilon(ours, theirs, names):
+    """On maps of ordinary size 1e-5 and 1e-6 differ by less than rounding, so that outputs cannot tell them apart."""
+    with torch.device("meta"):
+        a, b = ({f"{name}.weight": m.eps for name, m in build().named_modules() if hasattr(m, "eps")}
+                for build in (ours, theirs))
+    assert a and rename(a, names) == b
