@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'COLORS', 'BOXES', 'ROWS', 'to_uint8', 'to_pil', 'grid', 'show', 'strip', 'curve', 'sd_map']
 
-# %% ../nbs/01_viz.ipynb #b626fb8b
+# %% ../nbs/01_viz.ipynb #94eb58c7
 import json
 import os
 from pathlib import Path
@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageDraw, ImageFont
 
-# %% ../nbs/01_viz.ipynb #0fd18c0a
+# %% ../nbs/01_viz.ipynb #6a547a3f
 PALETTE = dict(  # part of the book -> colour; every figure of the book takes its colours from here
     model="#2f6db5", diffusion="#d2691e", data="#3d8f5a", train="#8656a8", use="#5d6b78",
     here="#ffd447", ink="#22303c", faint="#8a97a3", paper="#ffffff",
 )
 COLORS = [PALETTE[k] for k in ("model", "diffusion", "data", "train", "use")]
 
-# %% ../nbs/01_viz.ipynb #4b0e97f8
+# %% ../nbs/01_viz.ipynb #d593f152
 def to_uint8(
     x,  # pictures `(b, 3, h, w)` or `(b, 1, h, w)`, values in [-1, 1]; a tensor or an array
 ):  # the same pictures, `(b, h, w, 3)` uint8
@@ -35,14 +35,14 @@ def to_uint8(
     x = np.repeat(x, 3 // x.shape[1], axis=1).transpose(0, 2, 3, 1)  # (b, h, w, 3)
     return ((x / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
 
-# %% ../nbs/01_viz.ipynb #5d9d4da4
+# %% ../nbs/01_viz.ipynb #ca985a7e
 def to_pil(
     x,  # pictures `(b, 3, h, w)` in [-1, 1]
 ) -> list:  # b PIL pictures
     "Turn the network's pictures into PIL pictures"
     return [Image.fromarray(o) for o in to_uint8(x)]
 
-# %% ../nbs/01_viz.ipynb #b94f5952
+# %% ../nbs/01_viz.ipynb #9ff24b06
 def _one(o):
     "One picture as PIL: from PIL, `(c, h, w)` in [-1, 1], or `(h, w, 3)` bytes or floats in [0, 1]"
     if isinstance(o, Image.Image): return o.convert("RGB")
@@ -58,7 +58,7 @@ def _pictures(images):
     if not out: raise ValueError("no pictures to draw")
     return out
 
-# %% ../nbs/01_viz.ipynb #39aeb254
+# %% ../nbs/01_viz.ipynb #d7c955ff
 def _label(draw, text, x, y, width, lines, font):
     "Write `text` centred in a column; what does not fit ends in an ellipsis"
     columns = max(4, int(width / font.getlength("n") * 1.1))
@@ -84,7 +84,7 @@ def grid(
         if labels and i < len(labels): _label(draw, labels[i], left, top + h, w, lines, font)
     return sheet
 
-# %% ../nbs/01_viz.ipynb #cd4204f5
+# %% ../nbs/01_viz.ipynb #c7751fee
 def show(
     images,  # `(b, 3, h, w)` in [-1, 1], or a list of PIL pictures or arrays
     cols: int = None,  # pictures in a row; default: all, at most 8
@@ -101,7 +101,7 @@ def show(
     for ax, o in zip(axes.flat, images): ax.imshow(o, interpolation="nearest")
     for ax, o in zip(axes.flat, titles or []): ax.set_title("\n".join(wrap(str(o), int(size * 13))), fontsize=8)
 
-# %% ../nbs/01_viz.ipynb #e63012c1
+# %% ../nbs/01_viz.ipynb #e76df4da
 def strip(
     frames,  # states in order: each `(b, 3, h, w)` or `(3, h, w)` in [-1, 1], or a PIL picture
     pad: int = 2,  # white pixels around each picture
@@ -111,7 +111,7 @@ def strip(
     if not columns: raise ValueError("no frames to draw")
     return grid([o for row in zip(*columns) for o in row], cols=len(columns), pad=pad)
 
-# %% ../nbs/01_viz.ipynb #8b94c16c
+# %% ../nbs/01_viz.ipynb #1f32efc2
 def _rows(path_or_rows):
     "Rows of a run: a list of dicts, or the lines of metrics.jsonl without a torn last one"
     if not isinstance(path_or_rows, (str, os.PathLike)): return list(path_or_rows)
@@ -119,7 +119,7 @@ def _rows(path_or_rows):
     if lines and not lines[-1].rstrip().endswith("}"): lines.pop()
     return [json.loads(line) for line in lines if line.strip()]
 
-# %% ../nbs/01_viz.ipynb #857eed36
+# %% ../nbs/01_viz.ipynb #2f8afb93
 def _smooth(y):
     "Running mean over a twentieth of the run, shorter at both ends"
     half = max(1, len(y) // 40)
@@ -128,7 +128,7 @@ def _smooth(y):
     low, high = (at - half).clip(0), (at + half + 1).clip(None, len(y))
     return (total[high] - total[low]) / (high - low)
 
-# %% ../nbs/01_viz.ipynb #1649b1bd
+# %% ../nbs/01_viz.ipynb #92f4ab06
 def _save(fig, out):
     "Write a figure under a temporary name, then rename: a reader never sees half a file"
     out = Path(out)
@@ -139,7 +139,7 @@ def _save(fig, out):
     os.replace(part, out)
     return out
 
-# %% ../nbs/01_viz.ipynb #3411331a
+# %% ../nbs/01_viz.ipynb #cd76eec3
 def curve(
     path_or_rows,  # metrics.jsonl, or a list of dicts with "step" and the keys
     out=None,  # file to write (.png, .svg); default: show it in the notebook
@@ -160,7 +160,7 @@ def curve(
     if len(keys) > 1: ax.legend(frameon=False)
     return _save(fig, out) if out else None
 
-# %% ../nbs/01_viz.ipynb #02fa3e43
+# %% ../nbs/01_viz.ipynb #66ccef42
 BOXES = [  # a notebook, what its part does, and where: x, y, width, height (pixels, y runs down)
     ("14 model.tokenizer", "words to numbers", 96, 16, 140, 40),
     ("15 model.clip", "numbers to meaning", 262, 16, 140, 40),
@@ -175,12 +175,12 @@ BOXES = [  # a notebook, what its part does, and where: x, y, width, height (pix
     ("13 model.autoencoder", "decode: latent to picture", 500, 288, 152, 40),
 ]
 
-# %% ../nbs/01_viz.ipynb #acb589ce
+# %% ../nbs/01_viz.ipynb #8645b817
 ROWS = {  # the parts that stand under the map, in reading order
     "data": "30 data.emoji, 31 data.images, 34 data.latents, 35 data.loader",
     "train": "40 train.ema, 41 train.checkpoint, 42 train.parallel, "
              "43 train.trainer, 44 train.stages, 45 train.__main__",
-    "use": "00 config, 01 viz, 50 interop, 50a foreign, 51 pipeline, 52 demo, 53 cli",
+    "use": "00 config, 01 viz, 50 interop, 50a foreign, 50b seed, 51 pipeline, 52 demo, 53 cli",
 }
 
 def _boxes():
@@ -191,7 +191,7 @@ def _boxes():
     for j, names in enumerate(rows):
         for i, name in enumerate(names): yield name, "", 62 + i * step, 356 + j * 36, step - 5, 28
 
-# %% ../nbs/01_viz.ipynb #0441c7ea
+# %% ../nbs/01_viz.ipynb #c5700592
 _ARROWS = [  # corners x, y, x, y, ... and the words beside them: text, x, y
     ((60, 36, 94, 36), None), ((236, 36, 260, 36), None), ((402, 36, 492, 36, 492, 80), ("context", 446, 28)),
     ((64, 136, 82, 136), None), ((236, 136, 260, 136), ("z", 248, 127)), ((398, 136, 422, 136), ("z, t", 410, 127)),
@@ -202,7 +202,7 @@ _ARROWS = [  # corners x, y, x, y, ... and the words beside them: text, x, y
 ]
 _WORDS = [("text", 34, 36), ("picture", 34, 136), ("noise", 272, 308), ("picture", 710, 308)]
 
-# %% ../nbs/01_viz.ipynb #018595fa
+# %% ../nbs/01_viz.ipynb #cb5e27fe
 def _text(ax, x, y, text, size=8.5, color="ink", **style):
     "Write centred text"
     ax.text(x, y, text, ha="center", va="center", size=size, color=PALETTE[color], **style)
@@ -227,7 +227,7 @@ def _arrow(ax, points, words):
     ax.add_patch(FancyArrowPatch(xy[-2], xy[-1], **style))
     if words: _text(ax, *words[1:], words[0], 7.5, "use", style="italic")
 
-# %% ../nbs/01_viz.ipynb #87e598ef
+# %% ../nbs/01_viz.ipynb #a502ebb3
 def sd_map(
     here: str = None,  # module we are in, such as "model.unet"; its box is highlighted
     out=None,  # file to write (.svg, .png); default: show it in the notebook

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'ResBlock', 'Downsample', 'Upsample']
 
-# %% ../../nbs/11_model.resblock.ipynb #3289b387
+# %% ../../nbs/11_model.resblock.ipynb #4efacb01
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/11_model.resblock.ipynb #c4ed5609
+# %% ../../nbs/11_model.resblock.ipynb #9c129e5a
 def timestep_embedding(
     t: Tensor,  # timesteps, integer or not `(b,)`
     width: int,  # size of the embedding, even
@@ -25,7 +25,7 @@ def timestep_embedding(
     angles = t[:, None].float() * rates                                                    # (b, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                                 # (b, width)
 
-# %% ../../nbs/11_model.resblock.ipynb #9df5d79c
+# %% ../../nbs/11_model.resblock.ipynb #95171505
 class TimeEmbedding(nn.Module):
     "Turn timesteps into the vector that every ResBlock listens to."
 
@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
         waves = timestep_embedding(t, self.width).to(self.layer1.weight.dtype)  # (b, width)
         return self.layer2(F.silu(self.layer1(waves)))                          # (b, out)
 
-# %% ../../nbs/11_model.resblock.ipynb #ef1b1dd8
+# %% ../../nbs/11_model.resblock.ipynb #079c5098
 class ResBlock(nn.Module):
     "Add to `x` what two convolutions see in it, given the time (Deep Residual Learning, eq. 1)."
 
@@ -65,19 +65,25 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         for p in self.conv2.parameters(): nn.init.zeros_(p)
 
-    def forward(self,
+    def branch(self,
         x: Tensor,  # feature map `(b, c_in, h, w)`
         t: Tensor | None = None,  # time vector `(b, d_time)`
-    ) -> Tensor:  # `(b, c_out, h, w)`
-        "Normalise, activate, convolve; add the time; once more; add `x`."
+    ) -> Tensor:  # what is to be added `(b, c_out, h, w)`
+        "Normalise, activate, convolve; add the time; once more."
         if (t is None) != (self.time is None):
             raise ValueError("a ResBlock wants a time vector exactly when it was made with d_time")
         h = self.conv1(F.silu(self.norm1(x)))                             # (b, c_out, h, w)
         if t is not None: h = h + self.time(F.silu(t))[:, :, None, None]  # (b, c_out, 1, 1) broadcasts
-        h = self.conv2(F.silu(self.norm2(h)))                             # (b, c_out, h, w)
-        return self.skip(x) + h
+        return self.conv2(F.silu(self.norm2(h)))                          # (b, c_out, h, w)
 
-# %% ../../nbs/11_model.resblock.ipynb #0ba0cecd
+    def forward(self,
+        x: Tensor,  # feature map `(b, c_in, h, w)`
+        t: Tensor | None = None,  # time vector `(b, d_time)`
+    ) -> Tensor:  # `(b, c_out, h, w)`
+        "Add to `x`, made to fit, what the branch finds in it."
+        return self.skip(x) + self.branch(x, t)
+
+# %% ../../nbs/11_model.resblock.ipynb #b07a2b5b
 class Downsample(nn.Module):
     "Halve the sides of a feature map with a learned stride-2 convolution."
 
@@ -95,7 +101,7 @@ class Downsample(nn.Module):
         "Keep every second pixel of a convolution."
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
-# %% ../../nbs/11_model.resblock.ipynb #0881e2f1
+# %% ../../nbs/11_model.resblock.ipynb #57b1534c
 class Upsample(nn.Module):
     "Double the sides of a feature map: repeat each pixel, then convolve the blocks away."
 
