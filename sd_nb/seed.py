@@ -6,7 +6,7 @@
 __all__ = ['PART_NAMES', 'SeedConfig', 'seed_waves', 'SeedTime', 'PlainFeedForward', 'SeedTransformer', 'SeedBlock', 'SeedLevel',
            'seed_levels', 'SeedUNet', 'seed_names', 'read_average', 'load_seed_unet', 'MaskedTextEncoder']
 
-# %% ../nbs/50b_seed.ipynb #905581bb
+# %% ../nbs/50b_seed.ipynb #cc398750
 import math
 import pickle
 from dataclasses import dataclass
@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .foreign import rename
 from .interop import fill
 from .model.attention import SpatialTransformer
 from .model.clip import TextEncoder
 from .model.resblock import Downsample, ResBlock
 from .model.unet import check_inputs
 
-# %% ../nbs/50b_seed.ipynb #baa083b6
+# %% ../nbs/50b_seed.ipynb #9da2cc22
 @dataclass(frozen=True)
 class SeedConfig:
     "The shape of SD-From-Scratch's UNet; the defaults are version 1."
@@ -42,7 +41,7 @@ class SeedConfig:
         "Channels of each level, outermost first."
         return [self.width * m for m in self.mults]
 
-# %% ../nbs/50b_seed.ipynb #86277d47
+# %% ../nbs/50b_seed.ipynb #adb8ace5
 def seed_waves(
     t: Tensor,  # timesteps `(b,)`
     width: int,  # size of the embedding, even
@@ -53,7 +52,7 @@ def seed_waves(
     angles = t[:, None].float() * rates                                                      # (b, half)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)                                   # (b, width)
 
-# %% ../nbs/50b_seed.ipynb #229843ae
+# %% ../nbs/50b_seed.ipynb #aa356214
 class SeedTime(nn.Module):
     "Turn timesteps into the vector that every block listens to, as wide as the waves it is made of."
 
@@ -71,7 +70,7 @@ class SeedTime(nn.Module):
         "Embed as waves, widen, come back."
         return self.layer2(F.silu(self.layer1(seed_waves(t, self.width).to(self.layer1.weight.dtype))))
 
-# %% ../nbs/50b_seed.ipynb #af772a6f
+# %% ../nbs/50b_seed.ipynb #dbd41c21
 class PlainFeedForward(nn.Module):
     "Think about each position on its own: widen, GELU, narrow (Attention Is All You Need, eq. 2)."
 
@@ -88,7 +87,7 @@ class PlainFeedForward(nn.Module):
         "Apply both layers."
         return self.down(F.gelu(self.up(x)))
 
-# %% ../nbs/50b_seed.ipynb #e57152dc
+# %% ../nbs/50b_seed.ipynb #7563c589
 class SeedTransformer(SpatialTransformer):
     "The UNet's transformer with a plain feed-forward network and GroupNorm's usual epsilon."
 
@@ -103,7 +102,7 @@ class SeedTransformer(SpatialTransformer):
         for layer in (block.self_attention.out, block.cross_attention.out, block.feed_forward.down):
             for p in layer.parameters(): nn.init.zeros_(p)
 
-# %% ../nbs/50b_seed.ipynb #62690d69
+# %% ../nbs/50b_seed.ipynb #94d86222
 class SeedBlock(ResBlock):
     "A ResBlock whose branch ends in a transformer, before the input is added."
 
@@ -125,7 +124,7 @@ class SeedBlock(ResBlock):
         h = self.branch(x, t)
         return self.skip(x) + (h if self.attention is None else self.attention(h, context))
 
-# %% ../nbs/50b_seed.ipynb #1661bbfb
+# %% ../nbs/50b_seed.ipynb #59bc6c57
 class SeedLevel(nn.Module):
     "The blocks of one resolution, then a change of size."
 
@@ -142,7 +141,7 @@ class SeedLevel(nn.Module):
         self.blocks = nn.ModuleList(SeedBlock(i + skip, c, config, attn) for i in ins)
         self.resize = resize
 
-# %% ../nbs/50b_seed.ipynb #65bb8a80
+# %% ../nbs/50b_seed.ipynb #28707a66
 def seed_levels(
     config: SeedConfig,  # shape of the network
 ) -> tuple[nn.ModuleList, nn.ModuleList]:  # the way down, the way up
@@ -155,17 +154,15 @@ def seed_levels(
         up.append(SeedLevel(c_in, c, c, config, attn, double))
     return down, up
 
-# %% ../nbs/50b_seed.ipynb #66a20f4e
+# %% ../nbs/50b_seed.ipynb #d964bdc4
 class SeedUNet(nn.Module):
     "SD-From-Scratch's denoiser."
-
     def __init__(self,
         config: SeedConfig = SeedConfig(),  # shape of the network
     ):
         super().__init__()
-        self.config = config
+        self.config, c, deepest = config, config.width, config.widths[-1]
         self.factor = 2 ** (len(config.mults) - 1)  # the sides of a latent must divide by it
-        c, deepest = config.width, config.widths[-1]
         self.time_embedding = SeedTime(c)
         self.conv_in = nn.Conv2d(config.c_in, c, 3, padding=1)
         self.down, self.up = seed_levels(config)
@@ -173,7 +170,6 @@ class SeedUNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, c)
         self.conv_out = nn.Conv2d(c, config.c_out, 3, padding=1)
         for p in self.conv_out.parameters(): nn.init.zeros_(p)
-
     def forward(self,
         x: Tensor,  # noisy latent `(b, c_in, h, w)`
         t: Tensor,  # timesteps `(b,)`, or one for all `()`
@@ -191,7 +187,7 @@ class SeedUNet(nn.Module):
             if level.resize is not None: h = level.resize(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-# %% ../nbs/50b_seed.ipynb #59979a68
+# %% ../nbs/50b_seed.ipynb #f6e6aeb6
 PART_NAMES = {  # ours to theirs, inside a block
     "time": "time_mlp.1", "attention.norm": "tfm.norm", "attention.proj_in": "tfm.proj_in",
     "attention.proj_out": "tfm.proj_out", "attention.blocks.0": "tfm.tfm",
@@ -212,7 +208,7 @@ def seed_names(
         table |= {f"down.{i}.resize.conv": f"downs.{first + config.blocks}", f"up.{i}.resize": f"ups.{first + config.blocks}"}
     return table
 
-# %% ../nbs/50b_seed.ipynb #2aecfe96
+# %% ../nbs/50b_seed.ipynb #1c8e37d1
 def read_average(
     path: str | Path,  # `sd_epoch_NNN.pt`
 ) -> dict[str, Tensor]:  # the averaged weights under their names, still on the disk
@@ -227,7 +223,7 @@ def read_average(
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights
 
-# %% ../nbs/50b_seed.ipynb #65c9704a
+# %% ../nbs/50b_seed.ipynb #93b5e72c
 def load_seed_unet(
     path: str | Path,  # `sd_epoch_NNN.pt`
     config: SeedConfig = SeedConfig(),  # its shape, which the file does not tell
@@ -238,7 +234,7 @@ def load_seed_unet(
     weights = {k: v.to(dtype).contiguous() for k, v in read_average(path).items()}
     return fill(unet, weights, seed_names(config), path)
 
-# %% ../nbs/50b_seed.ipynb #d2a5e11f
+# %% ../nbs/50b_seed.ipynb #dfd8e254
 class MaskedTextEncoder(TextEncoder):
     "CLIP's text encoder that reads no padding."
 
