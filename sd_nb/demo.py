@@ -6,6 +6,7 @@
 __all__ = ['VIEWERS', 'check_prompt', 'save_picture', 'training_command', 'run_and_wait', 'check_writable', 'Demo', 'summary']
 
 # %% ../nbs/52_demo.ipynb #aa448aef
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,12 +75,14 @@ def run_and_wait(
     command: list[str]  # words of a command that handles Ctrl-C itself
 ) -> int:  # its exit code; 130 after a Ctrl-C that ended it
     "Run a command; on Ctrl-C wait until it has finished by itself"
-    process, stopped = subprocess.Popen(command), False
-    while True:
-        try: return 130 if process.wait() and stopped else process.returncode
-        except KeyboardInterrupt:
-            stopped = True
-            print("\nstopping: finishing the step and saving a checkpoint ...", file=sys.stderr)
+    asked = []
+    def note(number, frame):
+        asked.append(number)
+        print("\nstopping: finishing the step and saving a checkpoint ...", file=sys.stderr)
+    before = signal.signal(signal.SIGINT, note)  # before the command starts: no moment is left unguarded
+    try: code = subprocess.Popen(command).wait()
+    finally: signal.signal(signal.SIGINT, before)
+    return 130 if code and asked else code
 
 # %% ../nbs/52_demo.ipynb #4f111e4d
 def check_writable(
