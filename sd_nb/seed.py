@@ -6,42 +6,36 @@
 __all__ = ['PART_NAMES', 'SeedConfig', 'seed_waves', 'SeedTime', 'PlainFeedForward', 'SeedTransformer', 'SeedBlock', 'SeedLevel',
            'seed_levels', 'SeedUNet', 'seed_names', 'read_average', 'load_seed_unet', 'MaskedTextEncoder']
 
-# %% ../nbs/50b_seed.ipynb #cc398750
+# %% ../nbs/50b_seed.ipynb #69b33e34
 import math
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .interop import fill
 from .model.attention import SpatialTransformer
 from .model.clip import TextEncoder
 from .model.resblock import Downsample, ResBlock
-from .model.unet import check_inputs
+from .model.unet import UNetConfig, check_inputs
 
-# %% ../nbs/50b_seed.ipynb #9da2cc22
+# %% ../nbs/50b_seed.ipynb #fbf5ca40
 @dataclass(frozen=True)
-class SeedConfig:
-    "The shape of SD-From-Scratch's UNet; the defaults are version 1."
-    c_in: int = 4                            # channels of the noisy latent
-    c_out: int = 4                           # channels of the prediction
-    width: int = 320                         # channels at full latent resolution
-    mults: tuple = (1, 2, 4, 4)              # width multiplier of each level; each level halves the sides
+class SeedConfig(UNetConfig):
+    "The shape of SD-From-Scratch's UNet, in the UNet's words; the defaults are version 1."
     attn: tuple = (False, True, True, True)  # attention at this level?
-    blocks: int = 2                          # blocks per level, down and up
-    heads: int = 8                           # attention heads
-    d_context: int = 768                     # size of a word's embedding
-    groups: int = 32                         # groups of every GroupNorm
 
-    @property
-    def widths(self) -> list[int]:
-        "Channels of each level, outermost first."
-        return [self.width * m for m in self.mults]
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("head_width", "depth", "linear_proj"):
+            if getattr(self, name) != getattr(UNetConfig, name): raise ValueError(f"SD-From-Scratch has no {name}")
 
-# %% ../nbs/50b_seed.ipynb #adb8ace5
+# %% ../nbs/50b_seed.ipynb #7fc76ced
 def seed_waves(
     t: Tensor,  # timesteps `(b,)`
     width: int,  # size of the embedding, even
@@ -52,7 +46,7 @@ def seed_waves(
     angles = t[:, None].float() * rates                                                      # (b, half)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)                                   # (b, width)
 
-# %% ../nbs/50b_seed.ipynb #aa356214
+# %% ../nbs/50b_seed.ipynb #231e0775
 class SeedTime(nn.Module):
     "Turn timesteps into the vector that every block listens to, as wide as the waves it is made of."
 
@@ -70,7 +64,7 @@ class SeedTime(nn.Module):
         "Embed as waves, widen, come back."
         return self.layer2(F.silu(self.layer1(seed_waves(t, self.width).to(self.layer1.weight.dtype))))
 
-# %% ../nbs/50b_seed.ipynb #dbd41c21
+# %% ../nbs/50b_seed.ipynb #741623df
 class PlainFeedForward(nn.Module):
     "Think about each position on its own: widen, GELU, narrow (Attention Is All You Need, eq. 2)."
 
@@ -87,7 +81,7 @@ class PlainFeedForward(nn.Module):
         "Apply both layers."
         return self.down(F.gelu(self.up(x)))
 
-# %% ../nbs/50b_seed.ipynb #7563c589
+# %% ../nbs/50b_seed.ipynb #47fc1fa8
 class SeedTransformer(SpatialTransformer):
     "The UNet's transformer with a plain feed-forward network and GroupNorm's usual epsilon."
 
@@ -102,7 +96,7 @@ class SeedTransformer(SpatialTransformer):
         for layer in (block.self_attention.out, block.cross_attention.out, block.feed_forward.down):
             for p in layer.parameters(): nn.init.zeros_(p)
 
-# %% ../nbs/50b_seed.ipynb #94d86222
+# %% ../nbs/50b_seed.ipynb #91f9aa1f
 class SeedBlock(ResBlock):
     "A ResBlock whose branch ends in a transformer, before the input is added."
 
@@ -121,10 +115,10 @@ class SeedBlock(ResBlock):
         context: Tensor,  # words `(b, n, d_context)`
     ) -> Tensor:  # `(b, c_out, h, w)`
         "Find something, look around with it, add the input."
-        h = self.branch(x, t)
+        h = self._branch(x, t)
         return self.skip(x) + (h if self.attention is None else self.attention(h, context))
 
-# %% ../nbs/50b_seed.ipynb #59bc6c57
+# %% ../nbs/50b_seed.ipynb #aeb3679c
 class SeedLevel(nn.Module):
     "The blocks of one resolution, then a change of size."
 
@@ -141,7 +135,7 @@ class SeedLevel(nn.Module):
         self.blocks = nn.ModuleList(SeedBlock(i + skip, c, config, attn) for i in ins)
         self.resize = resize
 
-# %% ../nbs/50b_seed.ipynb #28707a66
+# %% ../nbs/50b_seed.ipynb #973e07e2
 def seed_levels(
     config: SeedConfig,  # shape of the network
 ) -> tuple[nn.ModuleList, nn.ModuleList]:  # the way down, the way up
@@ -154,9 +148,10 @@ def seed_levels(
         up.append(SeedLevel(c_in, c, c, config, attn, double))
     return down, up
 
-# %% ../nbs/50b_seed.ipynb #d964bdc4
+# %% ../nbs/50b_seed.ipynb #5346616b
 class SeedUNet(nn.Module):
     "SD-From-Scratch's denoiser."
+
     def __init__(self,
         config: SeedConfig = SeedConfig(),  # shape of the network
     ):
@@ -170,24 +165,28 @@ class SeedUNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, c)
         self.conv_out = nn.Conv2d(c, config.c_out, 3, padding=1)
         for p in self.conv_out.parameters(): nn.init.zeros_(p)
-    def forward(self,
-        x: Tensor,  # noisy latent `(b, c_in, h, w)`
-        t: Tensor,  # timesteps `(b,)`, or one for all `()`
-        context: Tensor,  # words `(b, n, d_context)`
-    ) -> Tensor:  # predicted noise `(b, c_out, h, w)`
-        "Go down remembering the blocks' results, turn round, come up recalling them."
-        check_inputs(self.config, x, t, context)
-        time, h, skips = self.time_embedding(t.expand(len(x))), self.conv_in(x), []
-        for level in self.down:
-            for block in level.blocks: skips.append(h := block(h, time, context))
-            if level.resize is not None: h = level.resize(h)
-        for block in self.middle: h = block(h, time, context)
-        for level in self.up:
-            for block in level.blocks: h = block(torch.cat([h, skips.pop()], dim=1), time, context)
-            if level.resize is not None: h = level.resize(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
 
-# %% ../nbs/50b_seed.ipynb #f6e6aeb6
+# %% ../nbs/50b_seed.ipynb #a08a64aa
+@patch
+def forward(
+    self: SeedUNet,
+    x: Tensor,  # noisy latent `(b, c_in, h, w)`
+    t: Tensor,  # timesteps `(b,)`, or one for all `()`
+    context: Tensor,  # words `(b, n, d_context)`
+) -> Tensor:  # predicted noise `(b, c_out, h, w)`
+    "Go down remembering the blocks' results, turn round, come up recalling them."
+    check_inputs(self.config, x, t, context)
+    time, h, skips = self.time_embedding(t.expand(len(x))), self.conv_in(x), []
+    for level in self.down:
+        for block in level.blocks: skips.append(h := block(h, time, context))
+        if level.resize is not None: h = level.resize(h)
+    for block in self.middle: h = block(h, time, context)
+    for level in self.up:
+        for block in level.blocks: h = block(torch.cat([h, skips.pop()], dim=1), time, context)
+        if level.resize is not None: h = level.resize(h)
+    return self.conv_out(F.silu(self.norm_out(h)))
+
+# %% ../nbs/50b_seed.ipynb #d66ce120
 PART_NAMES = {  # ours to theirs, inside a block
     "time": "time_mlp.1", "attention.norm": "tfm.norm", "attention.proj_in": "tfm.proj_in",
     "attention.proj_out": "tfm.proj_out", "attention.blocks.0": "tfm.tfm",
@@ -208,7 +207,7 @@ def seed_names(
         table |= {f"down.{i}.resize.conv": f"downs.{first + config.blocks}", f"up.{i}.resize": f"ups.{first + config.blocks}"}
     return table
 
-# %% ../nbs/50b_seed.ipynb #1c8e37d1
+# %% ../nbs/50b_seed.ipynb #2563cd33
 def read_average(
     path: str | Path,  # `sd_epoch_NNN.pt`
 ) -> dict[str, Tensor]:  # the averaged weights under their names, still on the disk
@@ -219,11 +218,9 @@ def read_average(
         raise ValueError(f"{path} is no checkpoint of plain tensors: {str(e).strip().splitlines()[0]}") from None
     try: weights = state["ema_state_dict"]["shadow"]
     except (KeyError, TypeError): raise ValueError(f"{path} holds no averaged weights (ema_state_dict.shadow)") from None
-    for prefix in 2 * ("module.", "_orig_mod.", "unet.", "_fsdp_wrapped_module."):
-        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    return weights
+    return {re.sub(r"^((module|_orig_mod|unet|_fsdp_wrapped_module)\.)+", "", k): v for k, v in weights.items()}
 
-# %% ../nbs/50b_seed.ipynb #93b5e72c
+# %% ../nbs/50b_seed.ipynb #011b98ae
 def load_seed_unet(
     path: str | Path,  # `sd_epoch_NNN.pt`
     config: SeedConfig = SeedConfig(),  # its shape, which the file does not tell
@@ -234,7 +231,7 @@ def load_seed_unet(
     weights = {k: v.to(dtype).contiguous() for k, v in read_average(path).items()}
     return fill(unet, weights, seed_names(config), path)
 
-# %% ../nbs/50b_seed.ipynb #dfd8e254
+# %% ../nbs/50b_seed.ipynb #70ec4ea7
 class MaskedTextEncoder(TextEncoder):
     "CLIP's text encoder that reads no padding."
 

@@ -167,8 +167,6 @@ def test_masks_and_earlier_states_are_transformers(act, tmp_path):
     theirs = CLIPTextModel.from_pretrained(tmp_path, subfolder="text_encoder").eval()
     norm_out = next(m for name, m in theirs.named_modules() if name.endswith("final_layer_norm"))
     ids, real = tokens(3, 10, 0), torch.arange(12) < torch.tensor([[5], [12], [2]])
-    ids = ids[:, :12]
-    real = real[:, :ids.shape[1]]
     for mask in (None, real):
         states = theirs(input_ids=ids, attention_mask=None if mask is None else mask.long(), output_hidden_states=True)
         for skip in range(3):

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from sd_nb.interop import Parts, save_text_encoder
 from sd_nb.model.autoencoder import Autoencoder
 from sd_nb.model.clip import TextEncoder
 from sd_nb.model.tokenizer import Tokenizer
+from sd_nb.model.unet import recompute_blocks
 from sd_nb.pipeline import StableDiffusion
 from sd_nb.seed import MaskedTextEncoder, SeedConfig, SeedUNet, load_seed_unet, read_average, seed_names
 from tiny import AUTOENCODER, CAPTIONS, TEXT
@@ -118,7 +121,7 @@ def checkpoint(unet, path, prefix="", change=lambda weights: weights, **more):
     return path
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "unet._fsdp_wrapped_module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "unet._fsdp_wrapped_module.", "unet._orig_mod.module."])
 def test_the_average_is_read_under_any_prefix(unet, tmp_path, prefix):
     """Wrappers leave prefixes in names; the weights come back bit by bit, in rows as PyTorch lays them out."""
     def last(w): return {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in w.items()}
@@ -171,6 +174,27 @@ def test_other_files_are_refused(tmp_path):
     torch.save(dict(unet_state_dict={}), tmp_path / "live.pt")
     with pytest.raises(ValueError, match="holds no averaged weights"):
         read_average(tmp_path / "live.pt")
+
+
+def test_only_what_is_wanted_is_read(tmp_path):
+    """Beside 200 MB of optimizer state, reading the average takes a few megabytes of memory."""
+    optimizer = {"state": {i: torch.ones(12_500_000) for i in range(4)}}
+    torch.save(dict(ema_state_dict=dict(shadow={"a": torch.ones(1000)}), optimizer_state_dict=optimizer), tmp_path / "sd.pt")
+    code = ("import resource, sys; from sd_nb.seed import read_average; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            "before = peak(); assert read_average(sys.argv[1])['a'].sum() == 1000; print(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "sd.pt"], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50_000  # kB
+
+
+def test_each_block_is_computed_again_only_once(unet):
+    """A transformer inside a block is recomputed with the block, not once more; gradients stay the same to the bit."""
+    inputs, calls, results = (randn(1, 4, 8, 8), torch.tensor(5), randn(1, 3, 24)), [], []
+    unet.middle[0].attention.proj_in.register_forward_hook(lambda *_: calls.append(1))
+    for on in (False, True):
+        recompute_blocks(unet, on)
+        results.append(torch.autograd.grad(unet(*inputs).square().mean(), list(unet.parameters())))
+    assert len(calls) == 3  # once as it is, twice when recomputing
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_it_draws(unet):

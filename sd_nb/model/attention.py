@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'Attention', 'FeedForward', 'TransformerBlock', 'PixelLinear', 'SpatialTransformer']
 
-# %% ../../nbs/10_model.attention.ipynb #8f65c27b
+# %% ../../nbs/10_model.attention.ipynb #bef78319
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# %% ../../nbs/10_model.attention.ipynb #9b0768d4
+# %% ../../nbs/10_model.attention.ipynb #5b6c8900
 def attend(
     q: Tensor,  # queries `(b, heads, n, d)`
     k: Tensor,  # keys `(b, heads, m, d)`
@@ -27,7 +27,7 @@ def attend(
     if causal: mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=bool, device=q.device).tril()  # (b, 1, n, m)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-# %% ../../nbs/10_model.attention.ipynb #8423c93c
+# %% ../../nbs/10_model.attention.ipynb #a6a54989
 class Attention(nn.Module):
     "Project to queries, keys and values, attend in several heads, project back."
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))       # (b, h, n, d)
         return self.out(rearrange(attend(q, k, v, causal, mask), "b h n d -> b n (h d)"))             # (b, n, width)
 
-# %% ../../nbs/10_model.attention.ipynb #693fe1f3
+# %% ../../nbs/10_model.attention.ipynb #17705bdc
 class FeedForward(nn.Module):
     "Think about each position on its own: a two-layer network with a gate (GEGLU, Shazeer 2020, eq. 6)."
 
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
         value, gate = self.up(x).chunk(2, dim=-1)  # (..., mult width) each
         return self.down(value * F.gelu(gate))     # (..., width)
 
-# %% ../../nbs/10_model.attention.ipynb #a234c9b6
+# %% ../../nbs/10_model.attention.ipynb #0be39c84
 class TransformerBlock(nn.Module):
     "Look at the other pixels, look at the words, think: each step adds to `x`."
 
@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
         x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
-# %% ../../nbs/10_model.attention.ipynb #363798a0
+# %% ../../nbs/10_model.attention.ipynb #6367f250
 class PixelLinear(nn.Linear):
     "Mix the channels of each pixel: a 1x1 convolution whose weight is stored as a matrix."
 
@@ -112,7 +112,7 @@ class PixelLinear(nn.Linear):
         "Apply the matrix to the channel axis."
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
-# %% ../../nbs/10_model.attention.ipynb #68681c4a
+# %% ../../nbs/10_model.attention.ipynb #690812be
 class SpatialTransformer(nn.Module):
     "Run transformer blocks over the pixels of a feature map (High-Resolution Image Synthesis, sec. 3.3)."
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'ResBlock', 'Downsample', 'Upsample']
 
-# %% ../../nbs/11_model.resblock.ipynb #4efacb01
+# %% ../../nbs/11_model.resblock.ipynb #6b0e8499
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/11_model.resblock.ipynb #9c129e5a
+# %% ../../nbs/11_model.resblock.ipynb #c6250b83
 def timestep_embedding(
     t: Tensor,  # timesteps, integer or not `(b,)`
     width: int,  # size of the embedding, even
@@ -25,7 +25,7 @@ def timestep_embedding(
     angles = t[:, None].float() * rates                                                    # (b, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                                 # (b, width)
 
-# %% ../../nbs/11_model.resblock.ipynb #95171505
+# %% ../../nbs/11_model.resblock.ipynb #37428169
 class TimeEmbedding(nn.Module):
     "Turn timesteps into the vector that every ResBlock listens to."
 
@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
         waves = timestep_embedding(t, self.width).to(self.layer1.weight.dtype)  # (b, width)
         return self.layer2(F.silu(self.layer1(waves)))                          # (b, out)
 
-# %% ../../nbs/11_model.resblock.ipynb #079c5098
+# %% ../../nbs/11_model.resblock.ipynb #486b4cb9
 class ResBlock(nn.Module):
     "Add to `x` what two convolutions see in it, given the time (Deep Residual Learning, eq. 1)."
 
@@ -65,11 +65,8 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         for p in self.conv2.parameters(): nn.init.zeros_(p)
 
-    def branch(self,
-        x: Tensor,  # feature map `(b, c_in, h, w)`
-        t: Tensor | None = None,  # time vector `(b, d_time)`
-    ) -> Tensor:  # what is to be added `(b, c_out, h, w)`
-        "Normalise, activate, convolve; add the time; once more."
+    def _branch(self, x, t):
+        "What is added to `x`: normalise, activate, convolve; add the time; once more"
         if (t is None) != (self.time is None):
             raise ValueError("a ResBlock wants a time vector exactly when it was made with d_time")
         h = self.conv1(F.silu(self.norm1(x)))                             # (b, c_out, h, w)
@@ -81,9 +78,9 @@ class ResBlock(nn.Module):
         t: Tensor | None = None,  # time vector `(b, d_time)`
     ) -> Tensor:  # `(b, c_out, h, w)`
         "Add to `x`, made to fit, what the branch finds in it."
-        return self.skip(x) + self.branch(x, t)
+        return self.skip(x) + self._branch(x, t)
 
-# %% ../../nbs/11_model.resblock.ipynb #b07a2b5b
+# %% ../../nbs/11_model.resblock.ipynb #160ea3ec
 class Downsample(nn.Module):
     "Halve the sides of a feature map with a learned stride-2 convolution."
 
@@ -101,7 +98,7 @@ class Downsample(nn.Module):
         "Keep every second pixel of a convolution."
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
-# %% ../../nbs/11_model.resblock.ipynb #57b1534c
+# %% ../../nbs/11_model.resblock.ipynb #26bcf3cc
 class Upsample(nn.Module):
     "Double the sides of a feature map: repeat each pixel, then convolve the blocks away."
 

@@ -6,7 +6,7 @@
 __all__ = ['check_config', 'UNetConfig', 'new_resblock', 'new_attention', 'DownLevel', 'down_path', 'Middle', 'UpLevel',
            'up_path', 'check_inputs', 'UNet', 'recompute_blocks']
 
-# %% ../../nbs/12_model.unet.ipynb #7d1f4f76
+# %% ../../nbs/12_model.unet.ipynb #f7671640
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SpatialTransformer
 from .resblock import Downsample, ResBlock, TimeEmbedding, Upsample
 
-# %% ../../nbs/12_model.unet.ipynb #b0e9e4df
+# %% ../../nbs/12_model.unet.ipynb #42685d3a
 def check_config(
     config,  # a `UNetConfig`
 ):
@@ -33,7 +33,7 @@ def check_config(
         bad = [c for c in config.widths if c % part]
         if bad: raise ValueError(f"{name} {part} does not divide the {bad[0]} channels of a level")
 
-# %% ../../nbs/12_model.unet.ipynb #f557e768
+# %% ../../nbs/12_model.unet.ipynb #6a9610ad
 @dataclass(frozen=True)
 class UNetConfig:
     "The shape of the denoiser; the defaults are Stable Diffusion 1.x."
@@ -64,7 +64,7 @@ class UNetConfig:
         "Size of the time vector: four times the width, as in DDPM."
         return 4 * self.width
 
-# %% ../../nbs/12_model.unet.ipynb #21c741f4
+# %% ../../nbs/12_model.unet.ipynb #97e7f777
 def new_resblock(
     config: UNetConfig,  # shape of the network
     c_in: int,  # channels in
@@ -81,7 +81,7 @@ def new_attention(
     heads = c // config.head_width if config.head_width else config.heads
     return SpatialTransformer(c, config.d_context, heads, config.depth, config.linear_proj, config.groups)
 
-# %% ../../nbs/12_model.unet.ipynb #a96b7faa
+# %% ../../nbs/12_model.unet.ipynb #267cdfc7
 class DownLevel(nn.Module):
     "Work at one resolution on the way down, remember each result, then halve the sides."
 
@@ -112,7 +112,7 @@ class DownLevel(nn.Module):
         if self.downsample is not None: results.append(self.downsample(h))
         return results
 
-# %% ../../nbs/12_model.unet.ipynb #0bf4b34d
+# %% ../../nbs/12_model.unet.ipynb #e69d8fed
 def down_path(
     config: UNetConfig,  # shape of the network
 ) -> nn.ModuleList:  # levels, outermost first
@@ -121,7 +121,7 @@ def down_path(
     return nn.ModuleList(DownLevel(ins[i], c, config, attn, last=i == last)
                          for i, (c, attn) in enumerate(zip(config.widths, config.attn)))
 
-# %% ../../nbs/12_model.unet.ipynb #7ee10e44
+# %% ../../nbs/12_model.unet.ipynb #3d3d1117
 class Middle(nn.Module):
     "Work at the lowest resolution, where one pixel is a large part of the picture."
 
@@ -142,7 +142,7 @@ class Middle(nn.Module):
         "ResBlock, attention, ResBlock."
         return self.block2(self.attention(self.block1(h, t), context), t)
 
-# %% ../../nbs/12_model.unet.ipynb #3deef741
+# %% ../../nbs/12_model.unet.ipynb #9049e260
 class UpLevel(nn.Module):
     "Work at one resolution on the way up, beside what was remembered there, then double the sides."
 
@@ -172,7 +172,7 @@ class UpLevel(nn.Module):
             if attention is not None: h = attention(h, context)
         return h if self.upsample is None else self.upsample(h)
 
-# %% ../../nbs/12_model.unet.ipynb #b9576440
+# %% ../../nbs/12_model.unet.ipynb #44476b8d
 def up_path(
     config: UNetConfig,  # shape of the network
 ) -> nn.ModuleList:  # levels, deepest first
@@ -186,7 +186,7 @@ def up_path(
         levels.append(UpLevel(c_in, c, share, config, attn, last=not skips))
     return levels
 
-# %% ../../nbs/12_model.unet.ipynb #004aa7d1
+# %% ../../nbs/12_model.unet.ipynb #c247ba4a
 def check_inputs(
     config: UNetConfig,  # shape of the network
     x: Tensor,  # noisy latent
@@ -201,7 +201,7 @@ def check_inputs(
     if n != b: raise ValueError(f"{n} contexts for {b} latents")
     if t.numel() not in (1, b): raise ValueError(f"{t.numel()} timesteps for {b} latents")
 
-# %% ../../nbs/12_model.unet.ipynb #0cd10c40
+# %% ../../nbs/12_model.unet.ipynb #9f3f4791
 class UNet(nn.Module):
     "Predict from a noisy latent, its timestep and the words (U-Net, fig. 1; High-Resolution Image Synthesis, fig. 3)."
 
@@ -234,14 +234,16 @@ class UNet(nn.Module):
         for level in self.up: h = level(h, time, context, skips)           # larger and narrower
         return self.conv_out(F.silu(self.norm_out(h)))                     # (b, c_out, h, w)
 
-# %% ../../nbs/12_model.unet.ipynb #a5f92efc
+# %% ../../nbs/12_model.unet.ipynb #e4defb7c
 def recompute_blocks(
     model: nn.Module,  # any network made of ResBlocks and SpatialTransformers, changed in place
     on: bool = True,  # False: remember again
 ) -> nn.Module:  # the same
     "Trade time for memory: compute the inside of each block again in the backward pass (Chen et al. 2016)."
-    for block in model.modules():
-        if not isinstance(block, (ResBlock, SpatialTransformer)): continue
+    for block in model.children():
+        if not isinstance(block, (ResBlock, SpatialTransformer)):
+            recompute_blocks(block, on)
+            continue
         block.__dict__.pop("forward", None)  # the class's own forward shows again
         if on: block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model
