@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # %% ../nbs/01_viz.ipynb #6a547a3f
 PALETTE = dict(  # part of the book -> colour; every figure of the book takes its colours from here
-    model="#2f6db5", diffusion="#d2691e", data="#3d8f5a", train="#8656a8", use="#5d6b78",
+    model="#2f6db5", diffusion="#d2691e", data="#3d8f5a", train="#8656a8", use="#5d6b78", weights="#a34a6b",
     here="#ffd447", ink="#22303c", faint="#8a97a3", paper="#ffffff",
 )
 COLORS = [PALETTE[k] for k in ("model", "diffusion", "data", "train", "use")]
@@ -171,16 +171,18 @@ BOXES = [  # a notebook, what its part does, and where: x, y, width, height (pix
     ("11 model.resblock", "", 430, 150, 124, 34),
     ("21 diffusion.objective", "how far off? the loss", 590, 116, 152, 40),
     ("23 diffusion.guidance", "more of the prompt", 500, 218, 152, 40),
-    ("22 diffusion.samplers", "a step less noisy", 322, 288, 152, 40),
+    ("22a diffusion.samplers", "a step less noisy", 322, 288, 152, 40),
     ("13 model.autoencoder", "decode: latent to picture", 500, 288, 152, 40),
 ]
 
 # %% ../nbs/01_viz.ipynb #8645b817
 ROWS = {  # the parts that stand under the map, in reading order
+    "model": "13a model.tiling, 15a model.prompt, 22 diffusion.walk",
     "data": "30 data.emoji, 31 data.images, 34 data.latents, 35 data.loader",
     "train": "40 train.ema, 41 train.checkpoint, 42 train.parallel, "
              "43 train.trainer, 44 train.stages, 45 train.__main__",
-    "use": "00 config, 01 viz, 50 interop, 50a foreign, 50b seed, 51 pipeline, 52 demo, 53 cli",
+    "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora, 54 convert, 55 download",
+    "use": "00 config, 01 viz, 51 pipeline, 51a edit, 52 demo, 52a generate, 53 cli",
 }
 
 def _boxes():
@@ -236,8 +238,8 @@ def sd_map(
     boxes = list(_boxes())
     known = [name.split()[1] for name, *_ in boxes]
     if here and here not in known: raise ValueError(f"no box {here!r} on the map; it has {', '.join(known)}")
-    fig = (Figure if out else plt.figure)(figsize=(7.5, 4.7), dpi=100)
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 750), ylim=(470, 0))
+    fig = (Figure if out else plt.figure)(figsize=(7.5, 5.4), dpi=100)
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 750), ylim=(540, 0))
     ax.axis("off")
     for arrow in _ARROWS: _arrow(ax, *arrow)
     for box in boxes: _box(ax, *box, here)
