@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 import torch
 from .noise import NoiseSchedule
-from .walk import State, ddim, ddpm, fresh_noise, perfect_eps, same_level, walk
+from .walk import State, ask, ddim, ddpm, fresh_noise, perfect_eps, walk
 
 # %% ../../nbs/22a_diffusion.samplers.ipynb #6769e152
 def noise_over_signal(
@@ -36,9 +36,8 @@ def look(
     t: float,             # level; an int if it is whole
     sigma: float,         # noise over signal at that level
 ) -> tuple[torch.Tensor, torch.Tensor]:  # `(b, ...)` noise and clean picture, as the network sees them
-    "Ask for the noise in y and take it out"
-    eps = eps_model(shrink(y, sigma), same_level(y, t))
-    return eps, y - sigma * eps
+    "Ask for the noise in y and work out the picture behind it"
+    return ask(eps_model, shrink(y, sigma), t, 1 / (1 + sigma**2))
 
 # %% ../../nbs/22a_diffusion.samplers.ipynb #e9294224
 def enter(
