@@ -2,7 +2,6 @@
 import math
 import pytest
 import torch
-from torch.testing import assert_close
 from sd_nb.diffusion import samplers, walk
 from sd_nb.diffusion.noise import NoiseSchedule, timesteps
 from sd_nb.diffusion.samplers import SAMPLERS
