@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from sd_nb.diffusion import samplers, walk
-from sd_nb.diffusion.noise import NoiseSchedule, timesteps
+from sd_nb.diffusion.noise import NoiseSchedule, cosine_betas, flow_betas, linear_betas, sigmoid_betas, timesteps
 from sd_nb.diffusion.samplers import SAMPLERS
 from sd_nb.diffusion.walk import perfect_eps
 
@@ -107,6 +107,31 @@ def test_exact_variance(name, kwargs, order, monkeypatch):
     errors = [variance(n) for n in (80, 160, 320)]
     slopes = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     assert all(abs(s - order) < 0.05 * order for s in slopes), (errors, slopes)
+
+
+def ends(name, betas, spacing):
+    "Mean and standard deviation of 5000 samples of N([0.7, -0.4], 0.25) after 50 steps"
+    schedule, g = NoiseSchedule(betas()), torch.Generator().manual_seed(0)
+    x, model = torch.randn(5000, 2, generator=g), perfect_eps(schedule, torch.tensor([[0.7, -0.4]]), 0.5)
+    *_, last = SAMPLERS[name](model, x, schedule, timesteps(50, spacing=spacing, schedule=schedule), generator=g)
+    return last.x.mean(0), last.x.std(0)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("betas", [linear_betas, cosine_betas, sigmoid_betas, flow_betas])
+def test_every_schedule(name, betas):
+    "In float32, 50 steps even in log-SNR end right on every schedule, also from levels without any signal"
+    mean, std = ends(name, betas, "log_snr")
+    assert (mean - torch.tensor([0.7, -0.4])).abs().max() < 0.02
+    assert -0.08 < (std - 0.5).min() and (std - 0.5).max() < 0.02  # the first-order ones end too narrow
+
+
+@pytest.mark.parametrize("betas", [cosine_betas, flow_betas])
+def test_heun_needs_levels_close_in_sigma(betas):
+    "From sigma 4096 to 30 in one step the mean of two slopes misses even the mean; with Karras' levels it does not"
+    mean = torch.tensor([0.7, -0.4])
+    assert (ends("heun", betas, "trailing")[0] - mean).abs().max() > 0.2
+    assert (ends("heun", betas, "karras")[0] - mean).abs().max() < 0.02
 
 
 def test_perfect_eps_is_the_best_answer():
