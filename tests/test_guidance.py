@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from sd_nb.diffusion.guidance import dynamic_threshold, guided, rescale_deviation, within_interval
 from sd_nb.diffusion.noise import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_betas, spread, timesteps
-from sd_nb.diffusion.objective import KINDS, network_input, target, to_eps, to_x0
+from sd_nb.diffusion.objective import KINDS, model_input, target, to_eps, to_x0
 from sd_nb.diffusion.samplers import ddim, perfect_eps
 
 
@@ -31,7 +31,7 @@ def inputs(b=3, seed=0):
 def meaning(kind, network, x, t, context, schedule):
     "The noise that one answer of the network means"
     a = spread(schedule.abar_at(t, x.dtype), x).clamp(min=2**-24)
-    return to_eps(kind, network(network_input(kind, x, a), t, context), x, a)
+    return to_eps(kind, network(model_input(kind, x, a), t, context), x, a)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -182,7 +182,7 @@ def test_spaced_by_noise_equals_diffusers(spacing, option, zero):
     theirs = EulerDiscreteScheduler(**SD, **{option: True}, rescale_betas_zero_snr=zero)
     schedule = NoiseSchedule(ZERO if zero else None)
     assert_close(theirs.alphas_cumprod, schedule.abar.clamp(min=2**-24), rtol=1e-4, atol=1e-8)
-    theirs.alphas_cumprod = schedule.abar64.clamp(min=2**-24)  # their float32 table has lost digits of 1 - abar at t = 0
+    theirs.alphas_cumprod = schedule.abar64.clamp(min=2**-24)  # their float32 table has lost digits at t = 0
     for n in [*range(2, 61), 150, 999, 1000]:  # one step of theirs would start at level 0, without noise
         theirs.set_timesteps(n)
         ts = timesteps(n, spacing=spacing, schedule=schedule)

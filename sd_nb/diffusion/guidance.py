@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 import torch
 from .noise import NoiseSchedule, spread
-from .objective import KINDS, network_input, to_eps, to_x0, unknown_kind
+from .objective import KINDS, model_input, to_eps, to_x0, unknown_kind
 
 # %% ../../nbs/23_diffusion.guidance.ipynb #5679bc34
 def mix(
@@ -76,7 +76,7 @@ def guided(
         if kind == "eps" and threshold is None: return answer(x, t)
         abar = schedule.abar_at(t, torch.promote_types(x.dtype, torch.float32))
         abar = spread(abar, x).clamp(2**-24, 1 - 2**-24)           # the samplers' floor, and its mirror image
-        out = answer(network_input(kind, x, abar), t)
+        out = answer(model_input(kind, x, abar), t)
         if threshold is None: return to_eps(kind, out, x, abar).to(x.dtype)
         x0 = dynamic_threshold(to_x0(kind, out, x, abar), threshold)
         return to_eps("x0", x0, x, abar).to(x.dtype)
