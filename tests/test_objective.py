@@ -36,6 +36,19 @@ def test_conversions_are_inverse(abar, seed, kind):
 
 
 @settings(max_examples=60, deadline=None)
+@given(t=st.integers(0, 999), zero=st.booleans(), seed=st.integers(0, 2**31), kind=st.sampled_from(KINDS))
+def test_add_noise_and_exact_prediction_give_the_picture_back(t, zero, seed, kind):
+    "At every level of a schedule; where nothing is left of the picture, from every kind but eps"
+    (x0, noise), level = batch(seed=seed, dtype=torch.float64), torch.full((5,), t)
+    schedule = NoiseSchedule(ZERO if zero else None)
+    if zero and kind == "eps" and t == 999: return
+    abar = spread(schedule.abar_at(level, torch.float64), x0)
+    x = schedule.add_noise(x0, noise, level)
+    assert_close(to_x0(kind, target(kind, x0, noise, abar), x, abar), x0, rtol=1e-7, atol=1e-7)
+    assert_close(to_eps(kind, target(kind, x0, noise, abar), x, abar), noise, rtol=1e-7, atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
 @given(abar=st.floats(1e-3, 1 - 1e-3), seed=st.integers(0, 2**31), kind=st.sampled_from(KINDS))
 def test_any_answer_means_one_pair(abar, seed, kind):
     "Whatever the network says, the picture and the noise it means add up to x_t"
