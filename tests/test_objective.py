@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from sd_nb.diffusion.noise import NoiseSchedule, flow_betas, rescale_zero_terminal_snr, scaled_linear_betas, spread
-from sd_nb.diffusion.objective import (denoising_loss, logit_normal, loss_by_bin, min_snr_weight, network_input,
+from sd_nb.diffusion.objective import (denoising_loss, logit_normal, loss_by_bin, min_snr_weight, model_input,
                                        offset_noise, pseudo_huber, stretch, target, to_eps, to_x0, velocity)
 
 KINDS = ["eps", "v", "x0", "flow"]
@@ -33,6 +33,19 @@ def test_conversions_are_inverse(abar, seed, kind):
     for other in KINDS:
         again = target(other, to_x0(kind, answer, x, abar), to_eps(kind, answer, x, abar), abar)
         assert_close(to_x0(other, again, x, abar), x0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(t=st.integers(0, 999), zero=st.booleans(), seed=st.integers(0, 2**31), kind=st.sampled_from(KINDS))
+def test_add_noise_and_exact_prediction_give_the_picture_back(t, zero, seed, kind):
+    "At every level of a schedule; where nothing is left of the picture, from every kind but eps"
+    (x0, noise), level = batch(seed=seed, dtype=torch.float64), torch.full((5,), t)
+    schedule = NoiseSchedule(ZERO if zero else None)
+    if zero and kind == "eps" and t == 999: return
+    abar = spread(schedule.abar_at(level, torch.float64), x0)
+    x = schedule.add_noise(x0, noise, level)
+    assert_close(to_x0(kind, target(kind, x0, noise, abar), x, abar), x0, rtol=1e-7, atol=1e-7)
+    assert_close(to_eps(kind, target(kind, x0, noise, abar), x, abar), noise, rtol=1e-7, atol=1e-7)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +103,7 @@ def test_one_loss_in_four_currencies(snr, gamma, soft):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_soft_min_snr_is_crowsons(sigma_data):
-    "HDiT weighs a picture's error by 1 / (sigma^2 + 1 / gamma); k-diffusion says so of EDM's output, gamma = 1 / data^2"
+    "HDiT weighs a picture's error by 1 / (sigma^2 + 1 / gamma); k-diffusion says the same of EDM's output"
     sigma = torch.logspace(-3, 3, 50, dtype=torch.float64)
     ours = min_snr_weight(sigma**-2, sigma_data**-2, "x0", soft=True)
     assert_close(ours, 1 / (sigma**2 + sigma_data**2))
@@ -105,22 +118,22 @@ def test_flow_is_the_straight_path():
     (x0, noise), (answer, _) = batch(), batch(seed=1)
     t = torch.tensor([0, 99, 499, 899, 999])
     abar = spread(schedule.abar_at(t), x0)
-    z = network_input("flow", schedule.add_noise(x0, noise, t), abar)
+    z = model_input("flow", schedule.add_noise(x0, noise, t), abar)
     assert_close(z, theirs.scale_noise(x0, (t + 1).float(), noise), rtol=1e-5, atol=1e-5)
     theirs.set_timesteps(sigmas=[i / 10 for i in range(10, 0, -1)])
     x = noise  # all of it at s = 1
     for i in range(10):
         a, a_next = schedule.abar64[999 - 100 * i].item(), schedule.abar64[899 - 100 * i].item() if i < 9 else 1.0
-        z = theirs.step(answer, theirs.timesteps[i], network_input("flow", x, torch.tensor(a))).prev_sample
+        z = theirs.step(answer, theirs.timesteps[i], model_input("flow", x, torch.tensor(a))).prev_sample
         x = a_next**0.5 * to_x0("flow", answer, x, a) + (1 - a_next) ** 0.5 * to_eps("flow", answer, x, a)  # DDIM
-        assert_close(network_input("flow", x, torch.tensor(a_next)), z, rtol=1e-5, atol=1e-5)
+        assert_close(model_input("flow", x, torch.tensor(a_next)), z, rtol=1e-5, atol=1e-5)
 
 
 def test_other_kinds_see_x_as_it_is():
     "Only a flow's input is scaled, and it keeps its dtype"
-    x = batch()[0].half()
-    assert all(network_input(kind, x, torch.tensor(0.3)) is x for kind in KINDS[:3])
-    assert network_input("flow", x, torch.tensor(0.3)).dtype == torch.float16
+    x, abar = batch()[0].half(), torch.full((5, 1, 1, 1), 0.3)
+    assert all(model_input(kind, x, abar) is x for kind in KINDS[:3])
+    assert model_input("flow", x, abar).dtype == torch.float16
 
 
 @settings(max_examples=40, deadline=None)
