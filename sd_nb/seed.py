@@ -188,10 +188,10 @@ def seed_names(
     "Number all levels through, as the checkpoint does."
     table = PART_NAMES | {"time_embedding.layer1": "t_emb.0", "time_embedding.layer2": "t_emb.2", "middle.{}": "mid.{}"}
     for i in range(len(config.mults)):
-        first = i * (config.blocks + 1)
+        first, last = i * (config.blocks + 1), i * (config.blocks + 1) + config.blocks
         for way in ("down", "up"):
             table |= {f"{way}.{i}.blocks.{j}": f"{way}s.{first + j}" for j in range(config.blocks)}
-        table |= {f"down.{i}.resize.conv": f"downs.{first + config.blocks}", f"up.{i}.resize": f"ups.{first + config.blocks}"}
+        table |= {f"down.{i}.resize.conv": f"downs.{last}", f"up.{i}.resize": f"ups.{last}"}
     return table
 
 # %% ../nbs/50b_seed.ipynb #2563cd33
@@ -204,7 +204,7 @@ def read_average(
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
         raise ValueError(f"{path} is no checkpoint of plain tensors: {str(e).strip().splitlines()[0]}") from None
     try: weights = state["ema_state_dict"]["shadow"]
-    except (KeyError, TypeError): raise ValueError(f"{path} holds no averaged weights (ema_state_dict.shadow)") from None
+    except (KeyError, TypeError): raise ValueError(f"{path} holds no averaged weights: ema_state_dict.shadow") from None
     return {re.sub(r"^((module|_orig_mod|unet|_fsdp_wrapped_module)\.)+", "", k): v for k, v in weights.items()}
 
 
