@@ -205,7 +205,7 @@ def content_hash(
             bar.update(len(chunk))
     return h.hexdigest()
 
-
+# %% ../nbs/55_download.ipynb #4849871f
 def _part(path, remote): return path.with_name(f"{path.name}.{remote.tag[:12]}.part")  # each version has its own
 
 
@@ -252,7 +252,7 @@ def check_space(
     if free < needed: raise OSError(f"{out} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
                                     "make room, or --out names another place")
 
-
+# %% ../nbs/55_download.ipynb #2d4942b5
 @dataclass(frozen=True)
 class Download:
     "Fetch a model from the Hugging Face Hub and check every byte; the same command resumes"
