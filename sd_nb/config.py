@@ -48,12 +48,14 @@ class Config:
     batch: int | None = None  # pictures per step over all processes; default: the stage's recipe
     lr: float | None = None  # learning rate after the warm-up; default: the stage's recipe
     warmup: int = 1000  # steps over which the learning rate rises to its value
+    decay: float = 0.0  # last part of the steps over which it falls to a hundredth, in a straight line
     weight_decay: float = 0.01  # AdamW's decay, on matrices only
     clip_norm: float = 1.0  # largest norm of the gradient
     ema: float = 0.9999  # decay of the averaged weights that are sampled from
     drop_text: float = 0.1  # part of the captions replaced by the empty prompt, for classifier-free guidance
     prediction: Literal["eps", "v"] = "eps"  # what the UNet predicts: noise or velocity
-    gamma: float = 5.0  # Min-SNR's ceiling on the signal-to-noise ratio
+    gamma: float | None = 5.0  # Min-SNR's ceiling on the signal-to-noise ratio; None: all timesteps count alike
+    zero_snr: bool = False  # stretch the noise schedule so that its last level is pure noise? (needs prediction v)
     seed: int = 0  # decides initial weights, sample order, noise, timesteps and dropped captions
     log_every: int = 10  # steps between two rows of metrics.jsonl
     sample_every: int = 1000  # steps between two sample grids
@@ -92,6 +94,8 @@ def check(
     for name in ("steps", "batch", "minutes", "lr", "warmup", "log_every", "sample_every", "save_every", "keep"):
         value = getattr(config, name)
         if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
+    if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
+    if config.zero_snr and config.prediction != "v": raise ValueError("--zero-snr needs --prediction v: in pure noise, eps says nothing")
     unet, autoencoder, text = config.unet, config.autoencoder, config.clip.text
     if unet.c_in != autoencoder.c_latent:
         raise ValueError(f"--unet.c-in {unet.c_in} must equal --autoencoder.c-latent {autoencoder.c_latent}")
@@ -104,6 +108,7 @@ def check(
 # %% ../nbs/00_config.ipynb #b3987093
 TINY = Config(
     run=Path("runs/tiny"), size=64, warmup=100, ema=0.999, sample_every=500, save_every=250,
+    prediction="v", gamma=None, zero_snr=True,
     unet=UNetConfig(
         width=64, mults=(1, 2, 3), attn=(False, True, True), blocks=1, heads=4, d_context=128, groups=16),
     autoencoder=AutoencoderConfig(width=16, mults=(1, 2, 4), blocks=1, groups=8, scale=1.0),
@@ -177,7 +182,7 @@ PROMPTS = tuple(f"{thing}, {style} style" for style in ("flat", "noto") for thin
 
 # %% ../nbs/00_config.ipynb #0f7455e3
 FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
-        "keep", "log_every", "sample_every", "save_every"}
+        "keep", "decay", "log_every", "sample_every", "save_every"}
 
 
 def refuse_changes(

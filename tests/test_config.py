@@ -53,3 +53,16 @@ def test_check_compares_networks():
     tiny = PRESETS["tiny"]
     with pytest.raises(ValueError, match="c-in 8"): check(replace(tiny, unet=replace(tiny.unet, c_in=8)))
     assert check(Config()) == Config()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--zero-snr", "--prediction", "eps"], "--zero-snr needs --prediction v"), (["--decay", "1.5"], "--decay 1.5 must lie between"),
+    (["--decay", "nan"], "--decay nan must lie between")])
+def test_recipes_that_cannot_work_are_refused(words, message):
+    "One line that names the flag"
+    with pytest.raises(ValueError, match=message): config_from_args(["tiny", *words], "train")
+
+
+def test_gamma_may_be_none():
+    "No Min-SNR is a choice that the command line can make"
+    assert config_from_args(["sd1", "--gamma", "None"], "train").gamma is None

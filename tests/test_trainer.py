@@ -148,6 +148,7 @@ def test_batch_must_divide(tmp_path):
 def test_learning_rate():
     "The rate rises linearly over the warm-up and stays"
     assert [learning_rate(k, 1.0, 4) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [round(learning_rate(k, 1.0, 4, 10, 0.5), 6) for k in (0, 4, 5, 7, 9, 10, 99)] == [0.25, 1.0, 1.0, 0.6, 0.2, 0.01, 0.01]
 
 
 def test_decay_on_matrices_only():

@@ -27,8 +27,7 @@ from ..diffusion.objective import denoising_loss
 from ..model.autoencoder import Autoencoder, autoencoder_loss
 from ..model.clip import CLIP, accuracy, contrastive_loss
 from ..model.tokenizer import Tokenizer
-from ..model.unet import UNet
-from ..pipeline import StableDiffusion
+from ..pipeline import StableDiffusion, make_schedule
 from .parallel import World, barrier, gather_with_grad, is_main
 from .trainer import Draws, Trainer
 
@@ -170,10 +169,10 @@ class CLIPStage:
 
 # %% ../../nbs/44_train.stages.ipynb #0a30fba7
 class DenoisingLoss(nn.Module):
-    "The UNet together with the Min-SNR-weighted loss"
-    def __init__(self, model: UNet, prediction: str, gamma: float):
+    "The UNet together with the loss, weighted by Min-SNR if gamma is not None"
+    def __init__(self, model: nn.Module, prediction: str, gamma: float | None, schedule: NoiseSchedule):
         super().__init__()
-        self.model, self.prediction, self.gamma, self.schedule = model, prediction, gamma, NoiseSchedule()
+        self.model, self.prediction, self.gamma, self.schedule = model, prediction, gamma, schedule
 
     def forward(self, x0, noise, t, context):
         "Return the weighted loss, and the plain error by quarter of the timesteps"
@@ -206,7 +205,8 @@ class UNetStage:
         self.tokens, self.empty = self.tokenizer(self.latents.captions), self.tokenizer("")
         torch.manual_seed(config.seed)
         self.model = config.family.network(config.unet)
-        self.net = DenoisingLoss(self.model, config.prediction, config.gamma)
+        self.sampling = replace(config.family.sampling, prediction=config.prediction, size=config.size, zero_snr=config.zero_snr)
+        self.net = DenoisingLoss(self.model, config.prediction, config.gamma, make_schedule(self.sampling))
 
 # %% ../../nbs/44_train.stages.ipynb #f184a668
 @patch
@@ -225,8 +225,7 @@ def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
 @patch
 def parts(self: UNetStage) -> interop.Parts:
     "Return the whole model as it stands"
-    sampling = replace(self.config.family.sampling, prediction=self.config.prediction, size=self.config.size)
-    return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, sampling)
+    return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, self.sampling)
 
 
 @patch

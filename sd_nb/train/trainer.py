@@ -70,10 +70,13 @@ class Stage(Protocol):
 def learning_rate(
     step: int,  # number of the step, from 0
     peak: float,  # the rate after the warm-up
-    warmup: int  # steps of the warm-up
+    warmup: int,  # steps of the warm-up
+    steps: int = 0,  # of the whole run; needed by the decay
+    decay: float = 0.0  # last part of the steps, over which the rate falls to a hundredth of its peak
 ) -> float:  # the rate of this step
-    "Return the learning rate: linear warm-up, then constant"
-    return peak * min(1.0, (step + 1) / warmup)
+    "Return the learning rate: a straight line up, a level part, and if asked for a straight line down"
+    fall = max((steps - step) / (decay * steps), 0.01) if decay else 1.0
+    return peak * min(1.0, (step + 1) / warmup, fall)
 
 # %% ../../nbs/43_train.trainer.ipynb #2c9edc30
 def make_optimizer(
@@ -165,7 +168,7 @@ def step_once(self: Trainer):
     seed, batch, world = self.config.seed, self.recipe.batch, self.world
     rows = rank_slice(batch_indices(self.step, self.stage.count, batch, seed), world.rank, world.size)
     draws = Draws(seed, self.step, batch, world.rank, world.size)
-    lr = learning_rate(self.step, self.recipe.lr, self.config.warmup)
+    lr = learning_rate(self.step, self.recipe.lr, self.config.warmup, self.recipe.steps, self.config.decay)
     for group in self.optimizer.param_groups: group["lr"] = lr
     loss, metrics = self.net(*[x.to(world.device) for x in self.stage.batch(rows, draws)])
     self.optimizer.zero_grad(set_to_none=True)
