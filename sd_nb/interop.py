@@ -95,7 +95,7 @@ def read_weights(
 def _shards(index):
     "Files that an index names, all of them beside it"
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+    if not isinstance(names, dict) or not all(re.fullmatch(r"[^/\\]+\.safetensors", str(n)) for n in names.values()):
         raise ValueError(f"{index}: its weight_map must name files beside it")
     return sorted({index.with_name(n) for n in names.values()})
 

@@ -184,8 +184,9 @@ def _read_pickle(path):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a damaged program can fail in any way
         raise ValueError(f"{path} is no checkpoint of plain tensors: {str(e).strip().splitlines()[0][:200]}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if isinstance(state, dict): state = state.get("state_dict", state)
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise ValueError(f"{path} is no checkpoint of plain tensors: no dictionary of names and tensors in it")
     if sum(v.numel() * v.itemsize for v in state.values()) > path.stat().st_size:
         raise ValueError(f"{path} describes more numbers than it holds")
@@ -265,13 +266,14 @@ def read_networks(
     dtype: torch.dtype | None = torch.float32,  # None: as in the file
 ) -> dict:                                      # "unet", "autoencoder", "text_encoder": those that are there
     "Take all networks out of a file, or none"
-    state = {k: v for k, v in rename(state, OLD_NAMES).items() if not k.startswith(IGNORED)}
+    state = {k: v.to(dtype or v.dtype) if v.is_floating_point() else v
+             for k, v in rename(state, OLD_NAMES).items() if not k.startswith(IGNORED)}
     found, part = _find(state, path), dict(clip="text_encoder", openclip="text_encoder")
     networks = {name: _build(o, state, told.get(part.get(name, name), {}), path) for name, o in found.items()}
     want = {k: v for name, network in networks.items() for k, v in pack(found[name], network).items()}
     check_weights(want, state, path)
     for name, network in networks.items():
-        own = {k: v.to(dtype or v.dtype) for k, v in state.items() if k.startswith(found[name].prefix)}
+        own = {k: v for k, v in state.items() if k.startswith(found[name].prefix)}
         network.load_state_dict(unpack(found[name], own, network.config), strict=True, assign=True)
     return {part.get(name, name): network for name, network in networks.items()}
 
