@@ -64,7 +64,7 @@ def check_place(
 ) -> list[Path]:  # the result, and the tokenizer beside it if it is a single file
     "Refuse a place that something else has"
     if out.suffix in PICKLES: raise ValueError(f"{out}: no pickles are written: name a directory or FILE.safetensors")
-    places = [out.with_suffix(".tokenizer"), out] if out.suffix == ".safetensors" else [out]
+    places = [out, out.with_suffix(".tokenizer")] if out.suffix == ".safetensors" else [out]
     for place in places:
         if place.exists() and not force: raise ValueError(f"{place} is already there: --force overwrites it")
         known = any((place / name).is_file() for name in ("model_index.json", "vocab.json"))
@@ -97,7 +97,7 @@ class Convert:
             with workshop(out) as folder:
                 save_parts(folder / out.name, parts, dtype)
                 bar.update(); bar.set_description("placing")
-                for place in places: put(folder / place.name, place)
+                for place in reversed(places): put(folder / place.name, place)
             bar.update(); bar.set_description("done")
         print(summary(out, parts))
         return 0

@@ -102,7 +102,7 @@ def test_failures_are_one_line(opened):
 def test_a_repository_writes_nothing_outside_the_cache(opened):
     """A file name that climbs out of the snapshot ends in an error or is left out, and nothing appears elsewhere."""
     results, _, home = opened
-    print(results["escape"])
+    assert results["escape"][0] == "FileNotFoundError" and "\n" not in results["escape"][1]
     assert not list(home.parent.rglob("evil.json"))
 
 

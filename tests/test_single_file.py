@@ -18,7 +18,7 @@ from sd_nb.model.clip import TextEncoder, TextEncoderConfig
 from sd_nb.model.unet import UNet, UNetConfig
 from sd_nb.opening import load_single_file
 from sd_nb.single_file import SECTIONS, describe, pack, read_single_file, save_single_file, unpack
-from tiny import AUTOENCODER, TEXT, UNET, diffusers_pipeline, tiny_parts
+from tiny import TEXT, diffusers_pipeline, tiny_parts
 
 SD2 = UNetConfig(head_width=64, linear_proj=True, d_context=1024)
 SD2_TEXT = TextEncoderConfig(width=1024, layers=23, heads=16, act="gelu")
@@ -33,11 +33,6 @@ def meta(network, config):
 
 def shapes(state):
     return {k: tuple(v.shape) for k, v in state.items()}
-
-
-def norms_aside(state):
-    """Without the kernels' sizes, which the skeleton does not know: it is built of 3x3 and 1x1 alike in these files."""
-    return shapes(state)
 
 
 @pytest.mark.parametrize("case", FULL)
