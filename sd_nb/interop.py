@@ -10,10 +10,9 @@ __all__ = ['UNET', 'AUTOENCODER', 'TEXT', 'load_unet', 'load_autoencoder', 'load
 
 # %% ../nbs/50_interop.ipynb #b26408a0
 import json, os, re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -168,8 +167,7 @@ def _load_part(layout, directory, dtype=torch.float32):
     config = read_json(folder / "config.json")
     try:
         with torch.device("meta"): network = layout.network(layout.read(config))
-    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{folder / 'config.json'}: {e}") from None
+    except Exception as e: raise ValueError(f"{folder / 'config.json'}: {e}") from None  # a config can be wrong anyhow
     files = weight_files(folder / layout.file)
     if not files: raise FileNotFoundError(f"{folder / layout.file}: no such file, nor shards or an fp16 variant of it")
     state = rename({k: v for file in files for k, v in read_weights(file, dtype).items()}, layout.old)
@@ -186,7 +184,6 @@ def save_unet(
     "Save a UNet as diffusers' `UNet2DConditionModel`"
     _save_part(UNET, directory, unet, dtype, side=side)
 
-# %% ../nbs/50_interop.ipynb #74ccb273
 def save_autoencoder(
     directory: Path,                   # of the pipeline; `vae/` is made in it
     autoencoder: Autoencoder,          # what to save
@@ -276,7 +273,7 @@ def load_diffusers(
     tokenizer.window = min(tokenizer.window, networks[2].config.window)  # some files leave it open
     return Parts(*networks, tokenizer, load_sampling(directory))
 
-# %% ../nbs/50_interop.ipynb #cecfc390
+# %% ../nbs/50_interop.ipynb #e22a20c2
 def _download(name, revision):
     "Files of a repository on the Hub, in a folder that bears the commit's name"
     from huggingface_hub import snapshot_download
@@ -295,8 +292,8 @@ def fetch(
     "Find a model here or download it, taking nothing that could run code"
     path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
     if path.is_dir(): return path
-    looks_local = path.exists() or path.suffix in (".safetensors", ".ckpt", ".pt") or Path(*path.parts[:1]).is_dir()
-    if looks_local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name): raise FileNotFoundError(f"{name}: no such directory")
+    local = path.exists() or path.suffix in (".safetensors", ".ckpt", ".pt") or Path(*path.parts[:1]).is_dir()
+    if local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name): raise FileNotFoundError(f"{name}: no such directory")
     try: return _download(name, revision)
     except Exception as e:  # of many classes, by no means all OSError
         what, reason = name + (f" at {revision}" if revision else ""), f"{type(e).__name__}: {e}".splitlines()[0]

@@ -82,7 +82,8 @@ def _complete(networks, home, dtype, path):
     "Add the networks that a file lacks from a model directory"
     for name, load in dict(autoencoder=load_autoencoder, text_encoder=load_text_encoder).items():
         if name in networks: continue
-        if not home: raise ValueError(f"{path} holds no {name}: parts_from=DIR (--parts-from DIR) names a model with one")
+        flag = "parts_from=DIR (--parts-from DIR)"
+        if not home: raise ValueError(f"{path} holds no {name}: {flag} names a model directory with one")
         networks[name] = load(home, dtype)
     return networks
 

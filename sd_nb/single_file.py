@@ -58,19 +58,18 @@ def autoencoder_names(
     config: AutoencoderConfig,  # shape of the network
 ) -> dict[str, str]:            # ours to theirs
     "Write the phrase book of an autoencoder of this shape"
-    last = len(config.mults) - 1
+    n = len(config.mults)
     return {"blocks.{}": "block.{}", "skip": "nin_shortcut", "middle.block1": "mid.block_1",
             "middle.block2": "mid.block_2", "middle.attention.norm": "mid.attn_1.norm",
             "middle.attention.attention": "mid.attn_1", "query": "q", "key": "k", "value": "v", "out": "proj_out",
-            "quant": "quant_conv", "post_quant": "post_quant_conv",
-            **{f"up.{i}": f"up.{last - i}" for i in range(last + 1)}}
+            "quant": "quant_conv", "post_quant": "post_quant_conv", **{f"up.{i}": f"up.{n - 1 - i}" for i in range(n)}}
 
 def _to_convs(state):
     "Give the attention's matrices the two axes of a 1x1 convolution"
     return {k: v[:, :, None, None] if ".attention.attention." in k and v.ndim == 2 else v for k, v in state.items()}
 
 def _to_matrices(state):
-    "And take them away"
+    "Take these axes away"
     return {k: v.flatten(1) if ".attention.attention." in k and v.ndim == 4 else v for k, v in state.items()}
 
 # %% ../nbs/50c_single_file.ipynb #b74478e6
@@ -88,7 +87,7 @@ def _fuse(state):
     return out
 
 def _split(state):
-    "And take them apart"
+    "Take them apart"
     out = dict(state)
     for name in [k for k in state if k.endswith((".attention.weight", ".attention.bias"))]:
         thirds = zip(("query", "key", "value"), out.pop(name).chunk(3))
@@ -113,7 +112,6 @@ def guess_unet(
                 mults=_mults([width] + [len(s[f"{o}.0.in_layers.2.bias"]) for o in first])[1:],
                 attn=tuple(f"{o}.1.norm.weight" in s for o in first), depth=_count(s, inside), d_context=d_context,
                 linear_proj=s["middle_block.1.proj_in.weight"].ndim == 2, head_width=64 if d_context == SD2 else None)
-
 SD2 = 1024  # width of the words in Stable Diffusion 2.x, which has heads of 64 channels instead of 8 heads
 
 # %% ../nbs/50c_single_file.ipynb #a8b45848
@@ -138,6 +136,7 @@ def guess_text(
 # %% ../nbs/50c_single_file.ipynb #281ce413
 class Section(NamedTuple):
     "One network's place in a single file, and how its names and shapes become ours"
+    part: str                # what we call it
     prefix: str              # what its names begin with
     network: type            # our class
     config: type             # our config
@@ -146,16 +145,17 @@ class Section(NamedTuple):
     pack: Callable = dict    # our shapes to theirs, under our names
     unpack: Callable = dict  # and back
 
-# %% ../nbs/50c_single_file.ipynb #ebf80c78
 SECTIONS = dict(
-    unet=Section("model.diffusion_model.", UNet, UNetConfig, unet_names, guess_unet),
-    autoencoder=Section("first_stage_model.", Autoencoder, AutoencoderConfig, autoencoder_names, guess_autoencoder,
-                        _to_convs, _to_matrices),
-    clip=Section("cond_stage_model.transformer.", TextEncoder, TextEncoderConfig, lambda _: TEXT_NAMES,
+    unet=Section("unet", "model.diffusion_model.", UNet, UNetConfig, unet_names, guess_unet),
+    autoencoder=Section("autoencoder", "first_stage_model.", Autoencoder, AutoencoderConfig, autoencoder_names,
+                        guess_autoencoder, _to_convs, _to_matrices),
+    clip=Section("text_encoder", "cond_stage_model.transformer.", TextEncoder, TextEncoderConfig, lambda _: TEXT_NAMES,
                  lambda s: guess_text(rename(s, TEXT_NAMES, reverse=True), "quick_gelu")),
-    openclip=Section("cond_stage_model.model.", TextEncoder, TextEncoderConfig, lambda _: OPENCLIP_NAMES,
-                     lambda s: guess_text(rename(s, OPENCLIP_NAMES, reverse=True), "gelu"), _fuse, _split))
+    openclip=Section("text_encoder", "cond_stage_model.model.", TextEncoder, TextEncoderConfig,
+                     lambda _: OPENCLIP_NAMES, lambda s: guess_text(rename(s, OPENCLIP_NAMES, reverse=True), "gelu"),
+                     _fuse, _split))
 
+# %% ../nbs/50c_single_file.ipynb #ebf80c78
 def pack(
     section: Section,     # a row of `SECTIONS`
     network,              # one of its class
@@ -165,10 +165,10 @@ def pack(
     return {section.prefix + k: v for k, v in state.items()}
 
 def unpack(
-    section: Section,         # a row of `SECTIONS`
-    state: dict[str, Tensor], # what `pack` returned
-    config,                   # shape of the network
-) -> dict[str, Tensor]:       # its weights under our names
+    section: Section,          # a row of `SECTIONS`
+    state: dict[str, Tensor],  # what `pack` returned
+    config,                    # shape of the network
+) -> dict[str, Tensor]:        # its weights under our names
     "Undo `pack`"
     state = {k.removeprefix(section.prefix): v for k, v in state.items()}
     return section.unpack(rename(state, section.names(config), reverse=True))
@@ -218,8 +218,7 @@ IGNORED = (  # whatever begins so
     _TEXT + "transformer.text_model.embeddings.position_ids", _TEXT + "logit_scale", _TEXT + "text_projection",
     _TEXT + "model.logit_scale", _TEXT + "model.text_projection", _TEXT + "model.attn_mask",
     _TEXT + "model.transformer.resblocks.23.",
-    "betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_", "lvlb_weights", "logvar")
+    "betas", "alphas_cumprod", "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "lvlb_weights", "logvar")
 
 # %% ../nbs/50c_single_file.ipynb #2a2b70a8
 SILENT = dict(unet=("heads", "head_width", "groups"), autoencoder=("groups", "scale"), text_encoder=("heads", "act"))
@@ -228,8 +227,7 @@ def describe(
     parts: Parts,  # a model
 ) -> dict:         # part to settings
     "Collect the settings that no weight tells"
-    configs = {part: getattr(parts, part).config for part in SILENT}
-    told = {part: {name: getattr(configs[part], name) for name in names} for part, names in SILENT.items()}
+    told = {part: {k: getattr(getattr(parts, part).config, k) for k in names} for part, names in SILENT.items()}
     return told | dict(sampling=asdict(parts.sampling))
 
 def _told(words, path):
@@ -251,13 +249,6 @@ def _build(section, state, told, path):
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: {section.prefix.rstrip('.')}: {e}") from None
 
-def _find(state, path):
-    "The rows of `SECTIONS` that a file has weights for"
-    found = {name: o for name, o in SECTIONS.items() if any(k.startswith(o.prefix) for k in state)}
-    if "unet" not in found: raise ValueError(f"{path} holds no UNet (model.diffusion_model): it is no whole model")
-    if {"clip", "openclip"} <= found.keys(): raise ValueError(f"{path} holds two text encoders")
-    return found
-
 # %% ../nbs/50c_single_file.ipynb #4542c0ce
 def read_networks(
     state: dict[str, Tensor],                   # what a file holds
@@ -268,14 +259,16 @@ def read_networks(
     "Take all networks out of a file, or none"
     state = {k: v.to(dtype or v.dtype) if v.is_floating_point() else v
              for k, v in rename(state, OLD_NAMES).items() if not k.startswith(IGNORED)}
-    found, part = _find(state, path), dict(clip="text_encoder", openclip="text_encoder")
-    networks = {name: _build(o, state, told.get(part.get(name, name), {}), path) for name, o in found.items()}
+    found = {name: o for name, o in SECTIONS.items() if any(k.startswith(o.prefix) for k in state)}
+    if "unet" not in found: raise ValueError(f"{path} holds no UNet (model.diffusion_model): it is no whole model")
+    if {"clip", "openclip"} <= found.keys(): raise ValueError(f"{path} holds two text encoders")
+    networks = {name: _build(o, state, told.get(o.part, {}), path) for name, o in found.items()}
     want = {k: v for name, network in networks.items() for k, v in pack(found[name], network).items()}
     check_weights(want, state, path)
     for name, network in networks.items():
         own = {k: v for k, v in state.items() if k.startswith(found[name].prefix)}
         network.load_state_dict(unpack(found[name], own, network.config), strict=True, assign=True)
-    return {part.get(name, name): network for name, network in networks.items()}
+    return {found[name].part: network for name, network in networks.items()}
 
 # %% ../nbs/50c_single_file.ipynb #ddfc3a54
 def read_single_file(
@@ -300,9 +293,8 @@ def save_single_file(
     path, text, kind = Path(path), parts.text_encoder.config, type(parts.unet)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: a single file is saved as .safetensors, no pickle")
     if kind is not UNet: raise ValueError(f"{path}: a {kind.__name__} has no place in a single file: save a directory")
-    if text.act == "gelu" and text.layers > 23:
-        raise ValueError(f"{path}: a text encoder has room for 23 blocks, not {text.layers}")
+    if text.act == "gelu" and text.layers > 23: raise ValueError(f"{path}: room for 23 text blocks, not {text.layers}")
     names = dict(unet="unet", autoencoder="autoencoder", text_encoder="openclip" if text.act == "gelu" else "clip")
     state = {k: v for part, name in names.items() for k, v in pack(SECTIONS[name], getattr(parts, part)).items()}
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
-    _atomic(path, lambda p: save_file(state, p, dict(format="pt", sd_nb=json.dumps(describe(parts)))))
+    _atomic(path, lambda p: save_file(state, p, dict(sd_nb=json.dumps(describe(parts)))))
