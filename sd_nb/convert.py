@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from .foreign import _short
@@ -102,12 +103,14 @@ class Convert:
         print(summary(out, parts))
         return 0
 
-    def extra(self) -> dict:  # arguments of `open_parts`
-        "Return what was said about a file"
-        said = dict(tokenizer=self.tokenizer, parts_from=self.parts_from, prediction=self.prediction)
-        return {name: value for name, value in said.items() if value is not None}
-
 # %% ../nbs/54_convert.ipynb #f3810654
+@patch
+def extra(self: Convert) -> dict:  # arguments of `open_parts`
+    "Return what was said about a file"
+    said = dict(tokenizer=self.tokenizer, parts_from=self.parts_from, prediction=self.prediction)
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def summary(
     out: Path,     # what was written
     parts: Parts,  # what is in it
