@@ -13,6 +13,7 @@ from sd_nb.interop import save_diffusers
 from sd_nb.model.unet import UNet
 from tiny import UNET, tiny_parts
 
+PATHS = ("./a/b", "runs/model", "/a/b", "~/a", "a/b/c", "a", "a/b.safetensors", "a/b.ckpt", "../a")
 JUNK = {"unet/diffusion_pytorch_model.bin": b"pickle", "unet/diffusion_pytorch_model.fp16.bin": b"pickle", "model.ckpt": b"pickle", "v1-5.safetensors": b"whole model",
         "unet/diffusion_pytorch_model.non_ema.safetensors": b"x", "safety_checker/model.safetensors": b"x", "run.py": b"code", "unet/run.py": b"code", "tokenizer/x.pkl": b"pickle"}
 
@@ -56,9 +57,11 @@ def opened(models, tmp_path_factory):
              "someone/pickles": ({a: {k: v for k, v in files["a"].items() if not k.endswith("safetensors")} | JUNK}, dict(main=a)),
              "someone/escape": ({a: files["a"] | {"../../../evil.json": b"{}"}}, dict(main=a))}
     wanted = dict(pinned=["someone/full", a], branch=["someone/full", None], half=["someone/half", None], shards=["someone/shards", "main"], wrong=["someone/full", "v9"],
-                  commit=["someone/full", "c" * 40], nobody=["someone/nothing", None], pickles=["someone/pickles", None], escape=["someone/escape", None])
+                  commit=["someone/full", "c" * 40], nobody=["someone/nothing", None], pickles=["someone/pickles", None], escape=["someone/escape", None],
+                  **{name: [name, None] for name in PATHS})
+    (home / "runs").mkdir()
     with hub(repos) as (endpoint, asked): results = dict(zip(wanted, open_there(home, endpoint, *wanted.values()), strict=True))
-    return results, [path for path in asked if "/resolve/" in path], home
+    return results, asked, home
 
 
 def bias(unet): return unet.conv_in.bias.tolist()
@@ -69,7 +72,7 @@ def test_a_pinned_commit_is_what_it_was(models, opened):
     _, first, second = models
     results, asked, _ = opened
     assert results["pinned"] == ["parts", bias(first)] != results["branch"] == ["parts", bias(second)]
-    assert any(COMMITS["a"] in path for path in asked if "full" in path)
+    assert any(COMMITS["a"] in path for path in asked if "someone/full/resolve" in path)
 
 
 def test_half_precision_is_taken_only_where_there_is_nothing_else(models, opened):
@@ -84,7 +87,7 @@ def test_half_precision_is_taken_only_where_there_is_nothing_else(models, opened
 
 def test_nothing_is_asked_for_that_could_run_code(opened):
     """Only JSON, text and safetensors of the model's own parts are requested."""
-    _, asked, _ = opened
+    asked = [path for path in opened[1] if "/resolve/" in path]
     assert asked and all(path.endswith((".json", ".txt", ".safetensors")) for path in asked)
     assert not [path for path in asked if any(word in path for word in ("safety_checker", "non_ema", "v1-5", "run.py"))]
 
@@ -127,9 +130,8 @@ def test_a_dead_hub_does_not_hang(tmp_path):
     assert kind == "FileNotFoundError" and "someone/model" in line and "Connect" in line and "\n" not in line
 
 
-def test_a_path_is_never_looked_up(tmp_path):
-    """What looks like a path asks the Hub for nothing."""
-    (tmp_path / "runs").mkdir()
-    with hub({}) as (endpoint, asked):
-        results = open_there(tmp_path, endpoint, *([name, None] for name in ("./a/b", "runs/model", "/a/b", "~/a", "a/b/c", "a", "a/b.safetensors", "a/b.ckpt", "../a")))
-    assert {kind for kind, _ in results} == {"FileNotFoundError"} and asked == []
+def test_a_path_is_never_looked_up(opened):
+    """What looks like a path asks the Hub for nothing: every question is about one of its repositories."""
+    results, asked, _ = opened
+    assert {results[name][0] for name in PATHS} == {"FileNotFoundError"}
+    assert all("someone/" in path for path in asked)
