@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from hub import COMMITS, hub, open_there, read
+from model_hub import COMMITS, hub, open_there, read
 from parity import randomise
 from sd_nb.interop import save_diffusers
 from sd_nb.model.unet import UNet
