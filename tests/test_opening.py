@@ -191,3 +191,13 @@ def test_sd2_is_asked_what_it_predicts(tmp_path):
     for prediction, size in (("v", 768), ("eps", 512)):
         got = open_parts(tmp_path / "v2.safetensors", prediction=prediction, about=about)
         assert (got.sampling.prediction, got.sampling.size, got.unet.config) == (prediction, size, parts.unet.config)
+
+
+@pytest.mark.skipif(not hasattr(seed, "save_seed_directory"), reason="sd_nb.seed keeps no directories yet")
+def test_a_seed_model_comes_back(tmp_path):
+    """SD-From-Scratch's network, saved as a directory by its type, opens as itself with the same weights."""
+    parts = PARTS._replace(unet=seed.SeedUNet(seed.SeedConfig(width=16, mults=(1, 2), attn=(False, True), blocks=1, heads=2, d_context=24, groups=8)))
+    save_parts(tmp_path / "seed", parts)
+    back = open_parts(tmp_path / "seed")
+    assert type(back.unet) is seed.SeedUNet and back.unet.config == parts.unet.config
+    assert_close(back.unet.state_dict(), parts.unet.state_dict(), atol=0, rtol=0)
