@@ -91,7 +91,8 @@ class Convert:
         "Check, read, write beside the place, rename"
         out = self.out.expanduser()
         places, dtype = check_place(out, self.force), DTYPES.get(self.dtype)
-        with tqdm(total=3, desc="reading", bar_format="{desc:8} {bar} {n}/{total}  {elapsed}") as bar:
+        look = dict(bar_format="{desc:8} {bar} {n}/{total}  {elapsed}", disable=None)  # None: on a terminal only
+        with tqdm(total=3, desc="reading", **look) as bar:
             parts = open_parts(self.source, None, self.revision, self.allow_pickle, **self.extra())
             check_range(parts, dtype)
             bar.update(); bar.set_description("writing")

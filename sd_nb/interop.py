@@ -87,7 +87,8 @@ def read_weights(
             json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_unique)
             state = {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
-    except (SafetensorError, ValueError) as e: raise ValueError(f"{path} is damaged or no safetensors: {e}") from None
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
     return {k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 # %% ../nbs/50_interop.ipynb #226159f6
@@ -263,12 +264,11 @@ def load_diffusers(
     dtype: torch.dtype | None = torch.float32,  # None: as in the files, which may be fp16
 ) -> Parts:                                     # on the CPU
     "Load a pipeline directory that we or diffusers saved"
-    directory = Path(directory)
-    if not directory.is_dir(): raise FileNotFoundError(f"{directory}: no such directory")
-    name = read_json(directory / "model_index.json").get("_class_name")
+    if not Path(directory).is_dir(): raise FileNotFoundError(f"{directory}: no such directory")
+    name = read_json(Path(directory) / "model_index.json").get("_class_name")
     if name not in PIPELINES.values(): raise ValueError(f"{directory} holds a {name}, not a StableDiffusionPipeline")
     networks = [_load_part(layout, directory, dtype) for layout in (UNET, AUTOENCODER, TEXT)]
-    tokenizer = Tokenizer.from_pretrained(directory / "tokenizer")
+    tokenizer = Tokenizer.from_pretrained(Path(directory) / "tokenizer")
     _check_parts(*networks, tokenizer, directory)
     tokenizer.window = min(tokenizer.window, networks[2].config.window)  # some files leave it open
     return Parts(*networks, tokenizer, load_sampling(directory))

@@ -45,8 +45,9 @@ def assert_same_parts(a, b, half=False):
     assert a.sampling == b.sampling and a.tokenizer(["a cat"]).equal(b.tokenizer(["a cat"]))
 
 
-def test_there_and_back(home, capsys):
-    """Directory to single file to directory: the same bits; and it says what it wrote."""
+def test_there_and_back(home, capsys, monkeypatch):
+    """Directory to single file to directory: the same bits; on a terminal it shows how far it is, and it says what it wrote."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert run("model single.safetensors") == 0 and run("single.safetensors back") == 0
     assert_same_parts(open_parts("back"), PARTS)
     assert tree(home / "model") == tree(home / "back")
