@@ -91,6 +91,13 @@ def weigh(
     return torch.where((weights != 1).any(1)[:, None, None], after.to(vectors.dtype), vectors)
 
 # %% ../../nbs/15a_model.prompt.ipynb #1077aece
+def _frame(tokenizer, windows):
+    "Ids and weights of windows, each `(k, window)`; start, end and filling weigh one"
+    ids = [tokenizer.frame([piece for piece, _ in window]) for window in windows]
+    weights = torch.ones(len(windows), tokenizer.window)
+    for row, window in zip(weights, windows): row[1:1 + len(window)] = torch.tensor([weight for _, weight in window])
+    return torch.tensor(ids, dtype=torch.int64).reshape(-1, tokenizer.window), weights
+
 def encode_prompts(
     text_encoder: Callable[[Tensor], Tensor],  # ids `(b, window)` -> vectors `(b, window, d)`
     tokenizer: Tokenizer,  # its own
@@ -104,9 +111,6 @@ def encode_prompts(
     need = max(map(len, parts), default=1)
     windows = windows or need
     if need > windows: raise ValueError(f"a prompt needs {need} windows of {tokenizer.window} tokens, not {windows}")
-    flat = [window for part in parts for window in part + [[]] * (windows - len(part))]              # b * windows
-    ids = torch.tensor([tokenizer.frame([piece for piece, _ in window]) for window in flat], dtype=torch.int64)
-    weights = torch.ones(len(flat), tokenizer.window)
-    for row, window in zip(weights, flat): row[1:1 + len(window)] = torch.tensor([weight for _, weight in window])
-    vectors = text_encoder(ids.reshape(-1, tokenizer.window).to(device))                             # (b k, window, d)
+    ids, weights = _frame(tokenizer, [window for part in parts for window in part + [[]] * (windows - len(part))])
+    vectors = text_encoder(ids.to(device))                                                           # (b k, window, d)
     return weigh(vectors, weights).reshape(len(texts), windows * tokenizer.window, vectors.shape[-1])

@@ -41,8 +41,8 @@ class Cuts:
         "Fade each tile in and out over the middle half of its overlaps."
         at, rows = torch.arange(self.n * zoom) + 0.5, []
         for start in self.starts:
-            to_left, to_right = at - start * zoom, (start + self.tile) * zoom - at       # distances to the two cuts
-            if start == 0: to_left = to_left + torch.inf                                 # borders are no cuts
+            to_left, to_right = at - start * zoom, (start + self.tile) * zoom - at   # distances to the two cuts
+            if start == 0: to_left = to_left + torch.inf                             # borders are no cuts
             if start + self.tile == self.n: to_right = to_right + torch.inf
             rows.append(torch.minimum(to_left, to_right))
         silent = self.overlap * zoom / 4
@@ -167,7 +167,8 @@ def _draw(network, x, rows, cols, rounds, zoom_in=1, zoom_out=1):
 
 def _check(x, channels, letters):
     "Refuse what has not the shape of a batch of maps"
-    if x.ndim != 4 or x.shape[1] != channels: raise ValueError(f"shape {tuple(x.shape)} is not ({letters.format(channels)})")
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"shape {tuple(x.shape)} is not ({letters.format(channels)})")
 
 @torch.no_grad()
 def decode_tiled(
@@ -198,6 +199,7 @@ def encode_tiled(
     _check(x, autoencoder.config.c_in, "b, {}, H, W")
     factor, encoder = autoencoder.factor, autoencoder.encoder
     rows, cols = (Cuts(max(n // factor, 1), tile, overlap) for n in x.shape[-2:])
-    if any(n % factor for n in x.shape[-2:]) or len(rows.starts) == len(cols.starts) == 1: return autoencoder.encode(x)
+    if any(n % factor for n in x.shape[-2:]) or len(rows.starts) == len(cols.starts) == 1:
+        return autoencoder.encode(x)  # which refuses sides that do not divide
     h = encoder.middle(_draw(way_down(encoder), x, rows, cols, rounds, zoom_in=factor))     # (b, c, h, w)
     return Gaussian(autoencoder.quant(encoder.conv_out(F.silu(encoder.norm_out(h)))))
