@@ -87,8 +87,7 @@ def weigh(
     old, new = (z.mean((1, 2), keepdim=True) for z in (before, after))
     size, loud = (z.abs().mean((1, 2), keepdim=True) for z in (before, after))
     real = (old * new > 0) & (old.abs() > 0.01 * size) & (new.abs() > 0.01 * loud)
-    after = after * torch.where(real, old / new, 1)
-    return torch.where((weights != 1).any(1)[:, None, None], after.to(vectors.dtype), vectors)
+    return (after * torch.where(real, old / new, 1)).to(vectors.dtype)  # weights of 1: times 1, the same bits
 
 # %% ../../nbs/15a_model.prompt.ipynb #1077aece
 def _frame(tokenizer, windows):
