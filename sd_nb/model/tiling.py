@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .autoencoder import Gaussian
@@ -49,12 +50,13 @@ class Cuts:
         ramps = ((torch.stack(rows) - silent) / max(2 * silent, 1)).clamp(0, 1)
         return ramps / ramps.sum(0)
 
-    @property
-    def own(self) -> list[slice]:
-        "The part of each tile that belongs to no other: cut in the middle of the overlaps."
-        starts, ends = self.starts, [start + self.tile for start in self.starts]
-        edges = [0, *((end + start) // 2 for end, start in zip(ends, starts[1:])), self.n]
-        return [slice(a - start, b - start) for a, b, start in zip(edges, edges[1:], starts)]
+# %% ../../nbs/13a_model.tiling.ipynb #de9441c9
+@patch(as_prop=True)
+def own(self: Cuts) -> list[slice]:
+    "The part of each tile that belongs to no other: cut in the middle of the overlaps."
+    starts, ends = self.starts, [start + self.tile for start in self.starts]
+    edges = [0, *((end + start) // 2 for end, start in zip(ends, starts[1:])), self.n]
+    return [slice(a - start, b - start) for a, b, start in zip(edges, edges[1:], starts)]
 
 # %% ../../nbs/13a_model.tiling.ipynb #5b2d5778
 def run_tiled(
