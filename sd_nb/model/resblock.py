@@ -73,8 +73,7 @@ class ResBlock(nn.Module):
         if t is not None: h = h + self.time(F.silu(t))[:, :, None, None]  # (b, c_out, 1, 1) broadcasts
         return self.conv2(F.silu(self.norm2(h)))                          # (b, c_out, h, w)
 
-    def forward(self,
-        x: Tensor,  # feature map `(b, c_in, h, w)`
+    def forward(self, x: Tensor,  # feature map `(b, c_in, h, w)`
         t: Tensor | None = None,  # time vector `(b, d_time)`
     ) -> Tensor:  # `(b, c_out, h, w)`
         "Add to `x`, made to fit, what the branch finds in it."
