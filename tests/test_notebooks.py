@@ -194,14 +194,18 @@ def test_package_needs_no_judge():
 
 
 ABOVE = {  # part -> the parts of ours that it must not import: no arrow runs back up
-    "model": "diffusion data train interop pipeline demo cli config viz".split(),
-    "diffusion": "model data train interop pipeline demo cli config viz".split(),
-    "viz": "model diffusion data train interop pipeline demo cli config".split(),
-    "data": "train pipeline demo cli".split(),
-    "foreign": "data train pipeline demo cli".split(),
-    "interop": "data train pipeline demo cli".split(),
-    "pipeline": "data train demo cli".split(),
-    "train": "demo cli".split(),
+    "model": "diffusion data train interop opening pipeline demo cli config viz".split(),
+    "diffusion": "model data train interop opening pipeline demo cli config viz".split(),
+    "viz": "model diffusion data train interop opening pipeline demo cli config".split(),
+    "data": "train opening pipeline demo cli".split(),
+    **{part: "data train pipeline demo generate convert download cli".split()
+       for part in ("foreign", "interop", "seed", "single_file", "opening")},
+    "lora": "data train demo generate convert download cli".split(),
+    "pipeline": "data train demo generate convert download cli".split(),
+    "edit": "data train demo generate convert download cli".split(),
+    "convert": "data train pipeline demo generate cli".split(),
+    "download": "data train pipeline generate convert cli".split(),
+    "train": "demo generate convert download cli".split(),
 }
 
 
