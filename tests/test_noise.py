@@ -4,22 +4,81 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
+                       FlowMatchEulerDiscreteScheduler)
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr as their_rescale
-from sd_nb.diffusion.noise import (NoiseSchedule, linear_betas, rescale_zero_terminal_snr, scaled_linear_betas, spread,
+from sd_nb.diffusion.noise import (NoiseSchedule, betas_of, cosine_betas, flow_betas, linear_betas,
+                                   rescale_zero_terminal_snr, scaled_linear_betas, shift_log_snr, sigmoid_betas, spread,
                                    timesteps)
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-KINDS = dict(linear=(linear_betas, 1e-4, 0.02), scaled_linear=(scaled_linear_betas, 0.00085, 0.012))
+ZERO = rescale_zero_terminal_snr(scaled_linear_betas())
+KINDS = dict(linear=(linear_betas, 1e-4, 0.02), scaled_linear=(scaled_linear_betas, 0.00085, 0.012),
+             squaredcos_cap_v2=(cosine_betas, 1e-4, 0.02), sigmoid=(sigmoid_betas, 1e-4, 0.02))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_betas_and_abar_equal_diffusers(name):
-    "Betas and abar are diffusers' to float32 precision, for its two linear schedules"
+    "Betas and abar are diffusers' to float32 precision, for its four schedules and for other lengths"
     make, start, end = KINDS[name]
-    theirs = DDPMScheduler(beta_schedule=name, beta_start=start, beta_end=end)
-    assert_close(make().float(), theirs.betas, rtol=1e-6, atol=1e-8)
-    assert_close(NoiseSchedule(make()).abar, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    for T in (1000, 50):
+        theirs = DDPMScheduler(T, beta_schedule=name, beta_start=start, beta_end=end)
+        assert_close(make(T).float(), theirs.betas, rtol=1e-6, atol=1e-8)
+        assert_close(NoiseSchedule(make(T)).abar, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    assert len(make(7)) == 7 and make().dtype == torch.float64
+
+
+def test_cosine_is_equation_17():
+    "Where no beta is capped, abar is the squared cosine itself; the first step is below a grey level, the last capped"
+    t = torch.arange(1, 999, dtype=torch.float64)
+    f = [torch.cos((o / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for o in (t, torch.zeros(1, dtype=torch.float64))]
+    assert_close(NoiseSchedule(cosine_betas()).abar64[:998], f[0] / f[1])
+    assert cosine_betas()[0].sqrt() < 1 / 127.5 and cosine_betas()[-1] == 0.999 == cosine_betas().max()
+    assert NoiseSchedule(cosine_betas(cap=1)).abar[-1] < 1e-30
+
+
+@settings(max_examples=30, deadline=None)
+@given(keep=st.lists(st.floats(0.01, 0.999), min_size=1, max_size=20), cap=st.floats(0.1, 1))
+def test_betas_of_is_the_inverse(keep, cap):
+    "betas_of finds the betas of any falling curve, and caps them"
+    betas = 1 - torch.tensor(keep, dtype=torch.float64)
+    assert_close(betas_of(NoiseSchedule(betas).abar64), betas, rtol=1e-6, atol=1e-9)
+    assert_close(betas_of(NoiseSchedule(betas).abar64, cap), betas.clamp(max=cap), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flow_and_shift_are_those_of_stable_diffusion_3(shift):
+    "The straight path's s at each level is FlowMatchEulerDiscreteScheduler's sigma, shifted or not (Esser eq. 23)"
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)
+    betas = flow_betas() if shift == 1 else shift_log_snr(flow_betas(), shift)
+    signal, sigma = NoiseSchedule(betas).abar64.sqrt(), (1 - NoiseSchedule(betas).abar64).sqrt()
+    assert_close((sigma / (signal + sigma)).float(), theirs, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ratio=st.floats(0.1, 10), name=st.sampled_from([*KINDS]))
+def test_shift_in_closed_form(ratio, name):
+    "log-SNR falls by 2 log(ratio) at every level; shifting back undoes it; no signal stays no signal"
+    betas = KINDS[name][0]()
+    before, after = NoiseSchedule(betas).abar64, NoiseSchedule(shift_log_snr(betas, ratio)).abar64
+    assert_close(after.logit(), before.logit() - 2 * math.log(ratio), rtol=1e-7, atol=1e-7)
+    assert_close(shift_log_snr(shift_log_snr(betas, ratio), 1 / ratio), betas, rtol=1e-5, atol=1e-10)
+    assert NoiseSchedule(shift_log_snr(ZERO, ratio)).abar[-1] == 0
+
+
+def test_shift_makes_a_pooled_picture_as_noisy_as_the_small_one():
+    "Averaged over 4 x 4 pixels, noise of the shifted schedule has the small picture's SNR"
+    small, large = NoiseSchedule(), NoiseSchedule(shift_log_snr(scaled_linear_betas(), 4))
+    x, t = torch.ones(4, 1, 256, 256), torch.full((4,), 300)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    pooled = torch.nn.functional.avg_pool2d(large.add_noise(x, noise, t), 4)
+    assert (pooled.mean() ** 2 / pooled.var()).item() == pytest.approx(small.snr(300).item(), rel=0.03)
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, math.nan])
+def test_shift_refuses(ratio):
+    "A ratio that is not positive is refused"
+    with pytest.raises(ValueError, match="ratio of two sides must be positive"): shift_log_snr(linear_betas(), ratio)
 
 
 def test_default_is_stable_diffusion():
@@ -116,9 +175,6 @@ def test_spread_and_dtypes():
     assert NoiseSchedule().add_noise(x, x, torch.tensor([0, 999])).dtype == torch.float16
 
 
-ZERO = rescale_zero_terminal_snr(scaled_linear_betas())
-
-
 @pytest.mark.parametrize("spacing, option", [("karras", "use_karras_sigmas"), ("log_snr", "use_exponential_sigmas")])
 @pytest.mark.parametrize("zero", [False, True])
 def test_spaced_by_noise_equals_diffusers(spacing, option, zero):
@@ -126,7 +182,7 @@ def test_spaced_by_noise_equals_diffusers(spacing, option, zero):
     theirs = EulerDiscreteScheduler(**SD, **{option: True}, rescale_betas_zero_snr=zero)
     schedule = NoiseSchedule(ZERO if zero else None)
     assert_close(theirs.alphas_cumprod, schedule.abar.clamp(min=2**-24), rtol=1e-4, atol=1e-8)
-    theirs.alphas_cumprod = schedule.abar64.clamp(min=2**-24)  # their float32 table has lost digits of 1 - abar at t = 0
+    theirs.alphas_cumprod = schedule.abar64.clamp(min=2**-24)  # their float32 table has lost digits at t = 0
     for n in [*range(2, 61), 150, 999, 1000]:  # one step of theirs would start at level 0, without noise
         theirs.set_timesteps(n)
         ts = timesteps(n, spacing=spacing, schedule=schedule)
@@ -193,7 +249,10 @@ def test_add_noise_between_levels():
     x, noise = torch.randn(2, 3, 3, 4, 4, generator=g, dtype=torch.float64)
     t = torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64)
     assert_close(schedule.add_noise(x, noise, t), schedule.add_noise(x, noise, t.long()), rtol=1e-12, atol=1e-12)
+    assert_close(schedule.abar_at(t), schedule.abar_at(t.long()), rtol=0, atol=0)
+    assert schedule.abar_at(t.long(), torch.float64).equal(schedule.abar64[t.long()])
     a = schedule.level(500.3)
+    assert schedule.abar_at(torch.tensor([500.3], dtype=torch.float64), torch.float64).item() == pytest.approx(a)
     mixed = schedule.add_noise(x, noise, torch.full((3,), 500.3, dtype=torch.float64))
     assert_close(mixed, a**0.5 * x + (1 - a) ** 0.5 * noise)
 
