@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 import torch
 from .noise import NoiseSchedule
-from .walk import State, ddim, ddpm, fresh_noise, perfect_eps, same_level, walk
+from .walk import State, ask, ddim, ddpm, fresh_noise, perfect_eps, walk
 
 # %% ../../nbs/22a_diffusion.samplers.ipynb #6769e152
 def noise_over_signal(
@@ -36,9 +36,8 @@ def look(
     t: float,             # level; an int if it is whole
     sigma: float,         # noise over signal at that level
 ) -> tuple[torch.Tensor, torch.Tensor]:  # `(b, ...)` noise and clean picture, as the network sees them
-    "Ask for the noise in y and take it out"
-    eps = eps_model(shrink(y, sigma), same_level(y, t))
-    return eps, y - sigma * eps
+    "Ask for the noise in y and work out the picture behind it"
+    return ask(eps_model, shrink(y, sigma), t, 1 / (1 + sigma**2))
 
 # %% ../../nbs/22a_diffusion.samplers.ipynb #e9294224
 def enter(
@@ -170,14 +169,14 @@ def dpmpp_2m_sde(
         if s_next > 0: y = y + s_next * math.sqrt(1 - keep) * fresh_noise(y, generator)
         yield State(shrink(y, s_next), x0, i, t)
 
-# %% ../../nbs/22a_diffusion.samplers.ipynb #766f0e48
+# %% ../../nbs/22a_diffusion.samplers.ipynb #9df55584
 def parabola_mean(
     x0_end: torch.Tensor,  # `(b, ...)` clean estimate at the end of the step, tau = 1
     x0: torch.Tensor,      # `(b, ...)` at its start, tau = 0
     h: float,              # length of the step in lambda
     before: tuple[torch.Tensor, float] | None,  # the estimate before it, and how far from there in lambda
 ) -> torch.Tensor:         # `(b, ...)`
-    "Average the parabola through three estimates over a step (UniC-2 of Zhao et al. 2023 with B2; UniC-1 if one is missing)"
+    "Average the parabola through three estimates over a step (Zhao et al. 2023, UniC-2, or UniC-1 without `before`)"
     if before is None: return (x0 + x0_end) / 2
     tau = -before[1] / h                             # where the estimate before it lies
     w = -1 / math.expm1(-h)
