@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESBLOCK_NAMES', 'ATTENTION_NAMES', 'LEVEL_NAMES', 'UNET_NAMES', 'AUTOENCODER_NAMES', 'TEXT_NAMES',
-           'OLD_AUTOENCODER_NAMES', 'OLD_TEXT_NAMES', 'LAYOUT', 'UNET_DEFAULTS', 'UNET_NEUTRAL', 'UNET_IGNORED',
-           'AUTOENCODER_DEFAULTS', 'AUTOENCODER_NEUTRAL', 'TEXT_DEFAULTS', 'TEXT_NEUTRAL', 'PREDICTIONS', 'rename',
-           'write_unet_config', 'read_unet_config', 'write_autoencoder_config', 'read_autoencoder_config',
-           'write_text_config', 'read_text_config', 'Sampling', 'write_sampling_config', 'read_sampling']
+           'OLD_AUTOENCODER_NAMES', 'OLD_TEXT_NAMES', 'LAYOUT', 'PIPELINES', 'UNET_DEFAULTS', 'UNET_NEUTRAL',
+           'UNET_IGNORED', 'AUTOENCODER_DEFAULTS', 'AUTOENCODER_NEUTRAL', 'TEXT_DEFAULTS', 'TEXT_NEUTRAL',
+           'PREDICTIONS', 'rename', 'write_unet_config', 'read_unet_config', 'write_autoencoder_config',
+           'read_autoencoder_config', 'write_text_config', 'read_text_config', 'Sampling', 'write_sampling_config',
+           'read_sampling']
 
 # %% ../nbs/50a_foreign.ipynb #229118b5
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def rename(
     pairs = [(b, a) if reverse else (a, b) for a, b in table.items()]
     pairs = sorted(((a.split("."), b.split(".")) for a, b in pairs), key=lambda p: -len(p[0]))
     return {".".join(_translate(key.split("."), pairs)): value for key, value in state.items()}
+
+def _short(names):
+    "The first few names of many, for a message of one line"
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 # %% ../nbs/50a_foreign.ipynb #86d730dc
 RESBLOCK_NAMES = {"time": "time_emb_proj", "skip": "conv_shortcut"}
@@ -122,6 +128,8 @@ def _mults(widths):
 
 # %% ../nbs/50a_foreign.ipynb #3ab45646
 LAYOUT = "0.35.0"  # release of diffusers whose layout we write; below 0.9, readers would overrule the picture size
+PIPELINES = {4: "StableDiffusionPipeline", 8: "StableDiffusionInstructPix2PixPipeline",
+             9: "StableDiffusionInpaintPipeline"}  # by the channels that the UNet reads
 
 UNET_DEFAULTS = dict(
     _class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280],

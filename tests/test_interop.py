@@ -322,16 +322,17 @@ def test_sampling_round_trip(tmp_path, parts):
 def test_fetch_prefers_a_directory_and_refuses_nonsense(tmp_path, monkeypatch):
     """A directory is itself; a path that is not there is one line; a Hub id is downloaded without pickles."""
     import huggingface_hub
-    asked = {}
+    asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, **kw: asked.update(kw, name=name) or str(tmp_path))
+                        lambda name, **kw: asked.append(kw | dict(name=name)) or str(tmp_path))
     assert interop.fetch(tmp_path) == tmp_path
     for name in ("./nowhere/at/all", "nowhere", "/no/where", "../a"):
         with pytest.raises(FileNotFoundError, match="no such directory"): interop.fetch(name)
     assert not asked
     assert interop.fetch("someone/model", "abc123") == tmp_path
-    assert asked["name"] == "someone/model" and asked["revision"] == "abc123"
-    assert all(p.endswith((".json", ".txt", ".safetensors")) for p in asked["allow_patterns"])
+    assert [o["name"] for o in asked] == ["someone/model"] * 2  # the second for half precision: there was nothing else
+    assert [o["revision"] for o in asked] == ["abc123", tmp_path.name]
+    assert all(p.endswith((".json", ".txt", ".safetensors")) for o in asked for p in o["allow_patterns"])
 
 
 def test_fetch_without_network_is_one_line(monkeypatch):
