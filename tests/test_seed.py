@@ -1,9 +1,11 @@
 """SD-From-Scratch's UNet has its published names and shapes, computes what a plain re-computation does, and is read safely."""
 
 import csv
+import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from few import few_shards
 from parity import randn, randomise
-from sd_nb.foreign import Sampling, rename
+from sd_nb.config import PRESETS, count_parameters
+from sd_nb.foreign import rename
 from sd_nb.interop import Parts, save_text_encoder
 from sd_nb.model.autoencoder import Autoencoder
 from sd_nb.model.clip import TextEncoder
 from sd_nb.model.tokenizer import Tokenizer
 from sd_nb.model.unet import recompute_blocks
 from sd_nb.pipeline import StableDiffusion
-from sd_nb.seed import MaskedTextEncoder, SeedConfig, SeedUNet, load_seed_unet, read_average, seed_names
-from tiny import AUTOENCODER, CAPTIONS, TEXT
+from sd_nb.seed import (
+    SEED_SAMPLING, MaskedTextEncoder, SeedConfig, SeedUNet, load_seed, load_seed_directory, load_seed_unet, read_average,
+    save_seed_directory, seed_names)
+from sd_nb.train.__main__ import main
+from tiny import AUTOENCODER, CAPTIONS, TEXT, diffusers_pipeline
 
 SMALL = SeedConfig(width=16, mults=(1, 2, 2), attn=(False, True, True), heads=2, d_context=24, groups=4)
 
@@ -199,10 +206,136 @@ def test_each_block_is_computed_again_only_once(unet):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_it_draws(unet):
-    """The pipeline draws with it as with any UNet."""
+def released(unet, path):
+    "A checkpoint with everything that the released one holds"
+    live = {k: torch.zeros_like(v) for k, v in rename(unet.state_dict(), seed_names(SMALL)).items()}
+    adam = dict(state={0: dict(step=torch.tensor(7.), exp_avg=torch.zeros(3))}, param_groups=[dict(lr=1e-6, params=[0])])
+    return checkpoint(unet, path, unet_state_dict=live, optimizer_state_dict=adam, best_loss=0.09,
+                      lr_scheduler_state_dict=dict(last_epoch=7))
+
+
+@torch.no_grad()
+def plain_pictures(state, directory, prompts, negatives, noise, steps, guidance):
+    "The same pictures from transformers' text encoder with its mask, diffusers' DDIM and autoencoder, and `Plain`"
+    from diffusers import AutoencoderKL, DDIMScheduler
+    from transformers import CLIPTextModel, CLIPTokenizer
+    vae = AutoencoderKL.from_pretrained(directory, subfolder="vae")
+    text, tokenizer = (o.from_pretrained(directory, subfolder=n)
+                       for o, n in ((CLIPTextModel, "text_encoder"), (CLIPTokenizer, "tokenizer")))
+    words = tokenizer(negatives + prompts, padding="max_length", max_length=TEXT.window, truncation=True, return_tensors="pt")
+    context, x = text(words.input_ids, attention_mask=words.attention_mask).last_hidden_state, noise
+    ddim = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+                         steps_offset=0, set_alpha_to_one=True, clip_sample=False)
+    ddim.set_timesteps(steps)
+    for t in ddim.timesteps:
+        uncond, cond = Plain(state, SMALL, t.expand(2 * len(x)), context)(torch.cat([x, x])).chunk(2)
+        x = ddim.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+    return (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def test_a_checkpoint_draws_the_author_s_pictures(unet, tmp_path):
+    """From one file beside a foreign autoencoder and text encoder: what transformers, diffusers and a plain UNet draw, to 1e-4."""
+    diffusers_pipeline(tmp_path)
+    parts = load_seed(released(unet, tmp_path / "sd_epoch_042.pt"), config=SMALL)
+    assert type(parts.text_encoder) is MaskedTextEncoder and parts.sampling == SEED_SAMPLING
+    prompts, negatives, noise = ["a red apple", "a cat"], ["blue", "green apples on the moon"], randn(2, 4, 16, 8)
+    ours = StableDiffusion(parts)(prompts, negatives, steps=6, guidance=3.0, sampler="ddim", latents=noise, output="np", progress=False)
+    theirs = plain_pictures(read_average(tmp_path / "sd_epoch_042.pt"), tmp_path, prompts, negatives, noise, 6, 3.0)
+    assert ours.shape == (2, 64, 32, 3) and ours.std() > 0.05
+    assert_close(torch.from_numpy(ours), theirs, atol=1e-4, rtol=0)
+
+
+def test_parts_may_lie_elsewhere(unet, tmp_path):
+    """The other networks come from any directory; without them the message says what is missing and how to get it."""
+    path = released(unet, tmp_path / "sd.pt")
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(FileNotFoundError, match="no text_encoder, no tokenizer: .*clip-vit-large-patch14.*sd-vae-ft-mse.*sd-nb download") as caught:
+        load_seed(path, config=SMALL)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="none.pt: no such file"):
+        load_seed(tmp_path / "none.pt")
+    diffusers_pipeline(tmp_path / "other")
+    parts = load_seed(path, tmp_path / "other", torch.float16, SMALL)
+    assert {p.dtype for net in parts[:3] for p in net.parameters()} == {torch.float16}
+    with pytest.raises(ValueError, match="sd.pt: .*missing"):
+        load_seed(path, tmp_path / "other")  # not version 1's shape
+
+
+@pytest.fixture()
+def parts(unet):
     tokenizer = Tokenizer.train(CAPTIONS, vocab_size=TEXT.vocab, window=TEXT.window)
-    parts = Parts(unet, randomise(Autoencoder(AUTOENCODER)), randomise(MaskedTextEncoder(TEXT)), tokenizer,
-                  Sampling(size=32, spacing="leading", offset=0))
-    picture = StableDiffusion(parts)("a red apple", steps=3, sampler="ddim", output="np", progress=False)
-    assert picture.shape == (1, 32, 32, 3) and picture.std() > 0.01
+    return Parts(unet, randomise(Autoencoder(AUTOENCODER)), randomise(MaskedTextEncoder(TEXT)), tokenizer,
+                 replace(SEED_SAMPLING, size=32))
+
+
+def test_a_directory_round_trip_changes_nothing(parts, tmp_path):
+    """Saved and reopened, by either door: the same bits, shape, mask and timesteps, so the same picture."""
+    save_seed_directory(tmp_path, parts)
+    draw = dict(steps=3, sampler="ddim", output="np", progress=False)
+    picture = StableDiffusion(parts)("a red apple", **draw)
+    for again in (load_seed_directory(tmp_path), load_seed(tmp_path)):
+        assert again.unet.config == SMALL and again.sampling == parts.sampling and type(again.text_encoder) is MaskedTextEncoder
+        assert all(torch.equal(a, b) for a, b in zip(parts.unet.parameters(), again.unet.parameters(), strict=True))
+        assert (StableDiffusion(again)("a red apple", **draw) == picture).all()
+    save_seed_directory(tmp_path, parts, torch.float16)
+    assert load_seed_directory(tmp_path, None).unet.conv_in.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("file, changes, words", [
+    ("unet/config.json", dict(colour="red"), "unet/config.json: .*colour"),
+    ("unet/config.json", dict(depth=2), "unet/config.json: SD-From-Scratch has no depth"),
+    ("unet/config.json", dict(heads=0), "unet/config.json"),
+    ("unet/config.json", dict(width="wide"), "unet/config.json"),
+    ("unet/config.json", dict(width=32), "wrong shape"),
+    ("unet/config.json", dict(d_context=32), "wrong shape"),
+    ("model_index.json", dict(_class_name="StableDiffusionPipeline"), "not an SDFromScratchPipeline"),
+])
+def test_foreign_directories_are_refused(parts, tmp_path, file, changes, words):
+    """What the config does not know, or what does not fit the weights, is named with its file."""
+    save_seed_directory(tmp_path, parts)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        load_seed_directory(tmp_path)
+
+
+def test_the_preset_is_version_1(capsys):
+    """`seed` has the published UNet, and --dry-run says so."""
+    assert count_parameters(PRESETS["seed"])["unet"] == 780_718_404
+    assert main(["seed", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["unet"] == 780_718_404
+
+
+TRAIN = """seed --size 16 --unet.width 16 --unet.mults 1 2 --unet.attn False True --unet.heads 2 --unet.groups 8 --unet.d-context 32
+    --autoencoder.width 8 --autoencoder.mults 1 2 --autoencoder.blocks 1 --autoencoder.groups 4 --clip.text.width 32 --clip.text.layers 1
+    --clip.text.heads 2 --clip.text.vocab 700 --clip.text.window 32 --clip.image.size 16 --clip.image.patch 8 --clip.image.width 32
+    --clip.image.layers 1 --clip.image.heads 2 --batch 8 --steps 2 --log-every 1""".split()
+
+
+def test_the_preset_trains_and_draws(tmp_path):
+    """All three stages, two steps each, on a few emoji; the model directory opens, draws, and starts another run."""
+    words = [*TRAIN, "--data", str(few_shards(tmp_path / "few", 40))]
+    for stage in ("autoencoder", "clip", "unet"):
+        assert main([*words, "--run", str(tmp_path / "run"), "--stage", stage]) == 0
+    parts = load_seed(tmp_path / "run" / "model")
+    assert type(parts.unet) is SeedUNet and parts.sampling == replace(SEED_SAMPLING, size=16)
+    pictures = StableDiffusion(parts)(["red apple", "blue heart"], steps=3, progress=False)
+    assert [p.size for p in pictures] == [(16, 16)] * 2
+    again = [*words, "--run", str(tmp_path / "again"), "--init-from", str(tmp_path / "run" / "model"), "--lr", "1e-9"]
+    assert main(again) == 0
+    for a, b in zip(parts.unet.parameters(), load_seed(tmp_path / "again" / "model").unet.parameters(), strict=True):
+        assert_close(a, b, atol=1e-6, rtol=0)
+    with pytest.raises(SystemExit):
+        main([*again, "--run", str(tmp_path / "third"), "--unet.width", "32"])
+
+
+def test_it_trains_with_hidden_padding(tmp_path, monkeypatch):
+    """The text vectors that the UNet is trained on are those of the masked text encoder."""
+    from sd_nb.train import stages
+    seen, original = [], stages.UNetStage.batch
+    monkeypatch.setattr(stages.UNetStage, "batch", lambda self, *args: seen.append((self, original(self, *args))) or seen[-1][1])
+    words = [*TRAIN, "--data", str(few_shards(tmp_path / "few", 40)), "--run", str(tmp_path / "run"), "--drop-text", "1"]
+    for stage in ("autoencoder", "clip", "unet"): assert main([*words, "--stage", stage]) == 0
+    stage, (_, _, _, context) = seen[0]
+    with torch.no_grad(): masked, read = stage.text_encoder(stage.empty), TextEncoder.forward(stage.text_encoder, stage.empty)
+    assert_close(context, masked.expand_as(context))
+    assert (masked - read).abs().max() > 1e-3

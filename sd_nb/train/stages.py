@@ -195,7 +195,7 @@ class UNetStage:
     ):
         parts, self.config, self.device = config.run / "model", config, world.device
         self.autoencoder = interop.load_autoencoder(parts).to(world.device).eval()
-        self.text_encoder = interop.load_text_encoder(parts).to(world.device).eval().requires_grad_(False)
+        self.text_encoder = config.family.load_text_encoder(parts).to(world.device).eval().requires_grad_(False)
         self.tokenizer = Tokenizer.from_pretrained(parts / "tokenizer")
         packed_pixels(config, world)
         directory = config.run / "cache" / "latents"
@@ -205,7 +205,7 @@ class UNetStage:
         self.count = len(self.latents)
         self.tokens, self.empty = self.tokenizer(self.latents.captions), self.tokenizer("")
         torch.manual_seed(config.seed)
-        self.model = UNet(config.unet)
+        self.model = config.family.network(config.unet)
         self.net = DenoisingLoss(self.model, config.prediction, config.gamma)
 
 # %% ../../nbs/44_train.stages.ipynb #f184a668
@@ -225,7 +225,7 @@ def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
 @patch
 def parts(self: UNetStage) -> interop.Parts:
     "Return the whole model as it stands"
-    sampling = interop.Sampling(prediction=self.config.prediction, size=self.config.size)
+    sampling = replace(self.config.family.sampling, prediction=self.config.prediction, size=self.config.size)
     return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, sampling)
 
 
@@ -239,7 +239,7 @@ def preview(self: UNetStage, path: Path):
 @patch
 def export(self: UNetStage, directory: Path):
     "Write the whole model directory"
-    interop.save_diffusers(directory, self.parts())
+    self.config.family.save(directory, self.parts())
 
 # %% ../../nbs/44_train.stages.ipynb #2640736d
 def stages_to_train(
@@ -270,12 +270,12 @@ def minutes_of(
 
 def start_from(
     stage,  # the stage whose network is to be replaced
-    directory: Path  # a model directory
+    parts: interop.Parts,  # a whole model
+    source: Path  # where it comes from, for messages
 ) -> None:
-    "Load the stage's network from `directory`"
-    load = dict(autoencoder=interop.load_autoencoder, clip=interop.load_text_encoder, unet=interop.load_unet)
-    target = stage.model.text if stage.name == "clip" else stage.model
-    target.load_state_dict(load[stage.name](directory).state_dict())
+    "Give the stage's network the weights of its counterpart in `parts`"
+    network = dict(autoencoder=parts.autoencoder, clip=parts.text_encoder, unet=parts.unet)[stage.name]
+    interop.fill(stage.model.text if stage.name == "clip" else stage.model, network.state_dict(), {}, source)
 
 # %% ../../nbs/44_train.stages.ipynb #c0cc1b8d
 BUILD = dict(autoencoder=AutoencoderStage, clip=CLIPStage, unet=UNetStage)
@@ -287,11 +287,11 @@ def train(
 ) -> bool:  # whether all stages are complete (False: a stop was asked for)
     "Train the stages that `config` asks for, one after the other"
     if config.init_from and is_main(world):
-        interop.save_diffusers(config.run / "model", interop.load_diffusers(config.init_from))
+        config.family.save(config.run / "model", config.family.load(config.init_from))
     barrier()
     for name in stages_to_train(config):
         if name != config.stage and is_exported(name, config.run): continue
         stage = BUILD[name](config, world)
-        if config.init_from: start_from(stage, config.init_from)
+        if config.init_from: start_from(stage, config.family.load(config.run / "model"), config.init_from)
         if not Trainer(stage, config, world, minutes_of(config, name)).fit(): return False
     return True
