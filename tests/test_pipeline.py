@@ -155,7 +155,7 @@ def test_save_and_open_again(pipe, tmp_path):
     (dict(prompt="a", guidance=math.inf), "not inf"),
     (dict(prompt="a", guidance=-1), "not -1"),
     (dict(prompt="a", guidance="strong"), "not 'strong'"),
-    (dict(prompt="a", sampler="magic"), "unknown sampler 'magic': choose one of ddpm, ddim, dpmpp_2m"),
+    (dict(prompt="a", sampler="magic"), "unknown sampler 'magic': choose one of ddpm, ddim, euler"),
     (dict(prompt="a", output="gif"), "unknown output 'gif': choose one of pil, np, latent"),
     (dict(prompt="a", seed=-1), "seed must lie between 0 and"),
     (dict(prompt="a", seed=2**63), "seed must lie between 0 and"),
