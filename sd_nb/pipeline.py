@@ -201,6 +201,7 @@ def _shape(self: StableDiffusion, height, width):
 # %% ../nbs/51_pipeline.ipynb #1a6701de
 @patch
 def _start(self: StableDiffusion, latents, n, height, width, generators):
+    from sd_nb.edit import check_memory
     if latents is not None:
         if not isinstance(latents, Tensor) or latents.ndim != 4: raise ValueError("latents must be a tensor (b, c, h, w)")
         height, width = (side * self.autoencoder.factor if given is None else given
@@ -209,6 +210,7 @@ def _start(self: StableDiffusion, latents, n, height, width, generators):
     if latents is not None and latents.shape != (n, *shape):
         raise ValueError(f"latents {tuple(latents.shape)} should be {(n, *shape)} for these prompts and this size")
     if latents is not None and not latents.isfinite().all(): raise ValueError("latents hold NaN or infinity")
+    check_memory(self, n, *shape[1:])
     noise = fresh_noise(torch.empty(n, *shape), generators)  # also when it is not used: what comes later is the same then
     return noise if latents is None else latents.detach().float()
 
@@ -255,7 +257,7 @@ def denoise(
     beside: Tensor | None = None,           # `(1, k, h, w)` what the UNet sees beside the latent, if it was made for it
 ) -> Iterator[State]:                       # one state per step: `x` and `x0` are latents `(b, c, h, w)`
     "Check everything, then return the walk from noise to latent, to be iterated"
-    from sd_nb.edit import begin, check_memory
+    from sd_nb.edit import begin
     prompts, negatives = _texts("prompt", prompt, self.tokenizer), _texts("negative_prompt", negative_prompt, self.tokenizer)
     if len(negatives) not in (1, len(prompts)):
         raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} prompts")
@@ -264,7 +266,6 @@ def denoise(
     walk, s, generators = self._sampler(sampler), self.sampling, generators_of(_whole("seed", seed, 0, 2**63 - 1), len(prompts))
     ts = timesteps(_whole("steps", steps, 1, s.T), s.T, spacing or s.spacing, s.offset, self.schedule)
     x, skip = self._start(latents, len(prompts), height, width, generators).to(self.device), steps - int(steps * strength)
-    check_memory(self, *x[:, 0].shape)
     model = self._guided(prompts, negatives, guidance, beside, rescale=rescale, interval=interval)
     if skip == steps: return iter(())
     if picture is not None: x = begin(self.schedule, picture, x, ts[skip].item())
