@@ -174,12 +174,16 @@ class Cutter:
 class Tokenizer(Cutter):
     "Turn texts into CLIP's token ids, all rows equally long."
 
+    def frame(self, pieces: list[str]) -> list[int]:  # `window` ids
+        "Put start and end around pieces, shorten or fill up, and number them."
+        row = [START, *pieces][: self.window - 1] + [END]
+        return [self.vocab[piece] for piece in row + [self.pad] * (self.window - len(row))]
+
     def __call__(self, texts: str | list[str]) -> Tensor:  # b texts to ids `(b, window)` int64
-        "Cut, number, shorten or fill up."
+        "Cut texts, frame and number them."
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [[START, *self.pieces(text)][: self.window - 1] + [END] for text in texts]
-        rows = [row + [self.pad] * (self.window - len(row)) for row in rows]
-        return torch.tensor([[self.vocab[p] for p in row] for row in rows], dtype=torch.int64).reshape(-1, self.window)
+        rows = [self.frame(self.pieces(text)) for text in texts]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.window)
 
     @classmethod
     def train(
