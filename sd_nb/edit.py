@@ -31,7 +31,6 @@ def opaque(
     rgba = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("RGB")
 
-
 def to_tensor(
     picture: Image.Image,  # RGB
 ) -> Tensor:               # `(1, 3, H, W)` in [-1, 1]
@@ -61,7 +60,6 @@ def fit_colours(
     z, colours = (o.movedim(1, -1).flatten(0, 2) for o in (z, colours))
     return torch.linalg.lstsq(F.pad(z, (0, 1), value=1.0), colours).solution
 
-
 @patch
 def preview(
     self: Networks,
@@ -83,7 +81,6 @@ def free_memory(
     except OSError: return math.inf
     return next((1024.0 * int(o.split()[1]) for o in lines if o.startswith("MemAvailable:")), math.inf)
 
-
 def memory_needed(
     pipe,       # what shall draw
     n: int,     # pictures at once
@@ -93,7 +90,8 @@ def memory_needed(
     "Estimate the peak of the activations of UNet and decoder"
     def largest(widths, area): return max(c * area / 4**level for level, c in enumerate(widths))
     unet = 2 * 18 * largest(pipe.unet.config.widths, h * w)
-    decoder = 6 * largest(pipe.autoencoder.config.widths, h * w * pipe.autoencoder.factor**2)
+    tile = min(h * w, 128**2)  # what is larger is decoded in tiles
+    decoder = 6 * largest(pipe.autoencoder.config.widths, tile * pipe.autoencoder.factor**2)
     return int(n * max(unet, decoder) * pipe.dtype.itemsize)
 
 # %% ../nbs/51a_edit.ipynb #4bce55c9
@@ -149,7 +147,6 @@ def _beside(pipe, x, mask):
     "The five channels that an inpainting UNet reads beside the latent; the mask is shrunk as in its training"
     small = F.interpolate(mask, size=[side // pipe.autoencoder.factor for side in mask.shape[2:]])
     return torch.cat([small.to(pipe.device), pipe.look(x * (mask < 0.5))], dim=1)  # (1, 1 + c, h, w)
-
 
 def _fill(pipe, x, z0, mask):
     "Options of `denoise` that make it fill the mask: a UNet made for it sees the rest, any other one is told"
