@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'DEFAULTS', 'THEIRS', 'LONGEST_FILE', 'LONGEST_LINE', 'check_settings', 'parse_parameters', 'read_settings',
-           'only_local', 'read_prompts', 'file_name', 'open_picture', 'split_lora', 'Generate', 'Job', 'open_model',
-           'draw', 'save_settings']
+           'only_local', 'read_prompts', 'file_name', 'Generate', 'Job', 'open_model', 'draw', 'save_settings']
 
 # %% ../nbs/52a_generate.ipynb #e04be1ff
 import json
-import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 from fastcore.basics import patch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .demo import check_prompt, check_writable, save_picture
@@ -127,25 +125,6 @@ def file_name(
     "Name a picture after its line, its prompt and its seed"
     slug = re.sub(r"[^a-z0-9]+", "-", prompt[:200].lower()).strip("-")[:40].strip("-") or "picture"
     return f"{'' if index is None else f'{index:05}-'}{slug}-{seed}.png"
-
-# %% ../nbs/52a_generate.ipynb #234f413c
-def open_picture(
-    path: str,         # PNG, JPEG or WebP
-) -> Image.Image:      # upright, in memory
-    "Open a picture to edit, or a mask"
-    try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture: return ImageOps.exif_transpose(picture)
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: no picture that can be read ({type(e).__name__})") from None
-
-def split_lora(
-    text: str,                 # "FILE" or "FILE:0.8"
-) -> tuple[str, float]:        # path and scale
-    "Read a LoRA's place and strength"
-    path, colon, scale = text.rpartition(":")
-    try: return (path, float(scale)) if colon else (text, 1.0)
-    except ValueError: return text, 1.0  # a colon that belongs to the name
 
 # %% ../nbs/52a_generate.ipynb #fe770c64
 @dataclass(frozen=True)
@@ -261,6 +240,7 @@ def draw(
     check: bool = False,    # only look whether it can be drawn
 ):                          # a PIL picture; None after a mere check
     "Draw one picture from its settings"
+    from sd_nb.edit import open_picture
     names = ("steps", "guidance", "sampler", "seed", "height", "width", "rescale", "spacing", "interval")
     options = {name: settings[name] for name in names if name in settings}
     text, negative = settings["prompt"], settings["negative"]
@@ -279,7 +259,7 @@ def run(self: Generate) -> int:  # exit code
     jobs = self.jobs(wishes)
     done = [self.is_done(job) for job in jobs]
     sheet = self.out / f"grid-{jobs[0].path.stem}-{len(jobs)}.png"
-    if self.grid and sheet.exists() and not self.force and not all(done): raise ValueError(f"{sheet} is already there: --force overwrites")
+    if self.grid and sheet.exists() and not (self.force or all(done)): raise ValueError(f"{sheet} is already there: --force overwrites")
     if not all(done): self._draw_all(jobs, done)
     for job, there in zip(jobs, done):
         if there: tqdm.write(f"{job.path} (was there)")
@@ -289,8 +269,9 @@ def run(self: Generate) -> int:  # exit code
 @patch
 def _draw_all(self: Generate, jobs, done):
     "Draw and save one after the other"
+    from sd_nb.lora import split_scale
     pipe = open_model(jobs[0].settings.get("model"), self.device)
-    for text in jobs[0].settings.get("lora", []): pipe.load_lora(*split_lora(text))
+    for text in jobs[0].settings.get("lora", []): pipe.load_lora(*split_scale(text))
     kinds = {json.dumps({k: v for k, v in j.settings.items() if k not in ("prompt", "seed")}): j for j in jobs}
     for job in [*kinds.values(), jobs[-1]]: draw(pipe, job.settings, check=True)
     for job in jobs: check_prompt(job.settings["prompt"], pipe.tokenizer)
@@ -303,6 +284,7 @@ def _draw_all(self: Generate, jobs, done):
 @patch
 def _save_sheet(self: Generate, jobs, sheet):
     "Put all pictures on one sheet, with the settings of the first"
+    from sd_nb.edit import open_picture
     from sd_nb.viz import grid
     tqdm.write(str(save_settings(grid([open_picture(str(job.path)) for job in jobs]), jobs[0]._replace(path=sheet))))
 

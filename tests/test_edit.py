@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from sd_nb import StableDiffusion
 from sd_nb.diffusion.samplers import SAMPLERS
-from sd_nb.edit import free_memory, memory_needed, opaque
+from sd_nb.edit import _fill, free_memory, memory_needed, opaque
 
 WORDS = dict(prompt="a red apple", negative_prompt="the moon", guidance=4.0, progress=False)
 
@@ -85,7 +85,8 @@ def test_nine_channels_are_diffusers(filler, tmp_path, monkeypatch, strength):
                    negative_prompt="the moon", output_type="np").images
     z = filler.edit(image=image, mask=half_mask(), strength=strength, steps=10, seed=5, sampler="ddim", output="latent", **WORDS)
     if strength == 1:  # diffusers then begins with pure noise, we with the picture's last trace below it
-        fill = __import__("sd_nb.edit", fromlist=["_fill"])._fill(filler, torch.tensor(np.asarray(image)).movedim(-1, 0)[None] / 127.5 - 1, z, torch.tensor(np.asarray(half_mask()) / 255).float()[None, None])
+        x, mask = (torch.tensor(np.asarray(o)).float() for o in (image, half_mask()))
+        fill = _fill(filler, x.movedim(-1, 0)[None] / 127.5 - 1, z, mask[None, None] / 255)
         *_, last = filler.denoise("a red apple", "the moon", 10, 4.0, "ddim", 5, **fill)
         z = last.x
     close(theirs, filler.decode(z, "np"))

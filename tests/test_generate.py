@@ -15,7 +15,8 @@ from tiny import tiny_parts
 
 from sd_nb import cli
 from sd_nb import generate as command
-from sd_nb.generate import KINDS, check_settings, file_name, parse_parameters, read_prompts, read_settings, split_lora
+from sd_nb.generate import KINDS, check_settings, file_name, parse_parameters, read_prompts, read_settings
+from sd_nb.lora import split_scale
 from sd_nb.pipeline import StableDiffusion
 
 
@@ -259,6 +260,6 @@ def test_no_prompt_makes_a_path(prompt, seed, index):
 
 def test_small_parts():
     """A LoRA's scale follows the last colon, if it is a number; kinds do not take truth values."""
-    assert [split_lora(o) for o in ("a", "a:0.5", "a:-1", "C:/x", "b:c:2")] == [("a", 1.0), ("a", 0.5), ("a", -1.0), ("C:/x", 1.0), ("b:c", 2.0)]
+    assert [split_scale(o) for o in ("a", "a:0.5", "a:-1", "C:/x", "b:c:2")] == [("a", 1.0), ("a", 0.5), ("a", -1.0), ("C:/x", 1.0), ("b:c", 2.0)]
     for name in KINDS:
         with pytest.raises(ValueError, match=name): check_settings({name: True}, "x")
