@@ -8,16 +8,12 @@ Calls are interleaved (ours, theirs, ours, theirs, ...), the first round is thro
 A ratio below 1 means that ours is faster. `peak` is the share of the machine's own matrix multiplication.
 """
 
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
+from common import in_turn, refuse_when_busy, same, save, seconds
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +33,7 @@ class Benchmark:
     compile: bool = False  # compile both
     tiny: bool = False  # a small network instead of Stable Diffusion 1.x
     out: str | None = None  # JSON file for the rows
-    busy: bool = False  # run although the machine has other work
+    anyway: bool = False  # run although the machine has other work
 
 
 @torch.no_grad()
@@ -69,12 +65,6 @@ def backward(net, inputs):
     return torch.tensor(sorted(g.norm().item() for g in gradients))
 
 
-def seconds(call, *args):
-    began = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - began
-
-
 def peak(n=2048):
     "FLOP/s of a large matrix multiplication, the best of ten."
     a, b = torch.randn(n, n), torch.randn(n, n)
@@ -85,15 +75,10 @@ def compare(name, call, nets, inputs, rounds, top):
     "Equal results, then interleaved times, as one row."
     with FlopCounterMode(display=False) as counter:
         a = call(nets[0], inputs)
-    b = call(nets[1], inputs)
-    difference = ((a - b).abs().max() / b.abs().max()).item()
-    if not difference < 1e-4:
-        sys.exit(f"{name}: results differ by {difference:.1e} of the largest value; times would mean nothing")
-    times = [[seconds(call, net, inputs) for net in nets] for _ in range(rounds + 1)][1:]
-    ours, theirs = (statistics.median(t) for t in zip(*times))
+    difference = same(name, a, call(nets[1], inputs))
+    times = in_turn(*(partial(call, net, inputs) for net in nets), rounds)
     flops = counter.get_total_flops()
-    return dict(row=name, ours=ours, theirs=theirs, ratio=ours / theirs, lowest=min(a / b for a, b in times),
-                highest=max(a / b for a, b in times), difference=difference, gflop=flops / 1e9, peak=flops / ours / top)
+    return dict(row=name, **times, difference=difference, gflop=flops / 1e9, peak=flops / times["ours"] / top)
 
 
 def rows(args):
@@ -115,8 +100,7 @@ def rows(args):
 
 
 def main(args):
-    if os.getloadavg()[0] > 0.3 and not args.busy:
-        sys.exit(f"load average {os.getloadavg()[0]:.2f}: other work would spoil the times (--busy runs all the same)")
+    refuse_when_busy(args.anyway)
     torch.set_num_threads(args.threads)
     table = []
     for row in rows(args):
@@ -124,9 +108,7 @@ def main(args):
         print("{row:40} ours {ours:7.3f} s  theirs {theirs:7.3f} s  ratio {ratio:.3f} ({lowest:.3f} to {highest:.3f})  "
               "peak {peak:.0%}  difference {difference:.0e}".format(**row), flush=True)
     if args.out:
-        about = dict(torch=torch.__version__, machine=platform.processor(), threads=args.threads, side=args.side)
-        with open(args.out, "w") as f:
-            json.dump(dict(about=about, rows=table), f, indent=2)
+        save(args.out, table, side=args.side)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,9 @@ def test_flow_is_the_straight_path():
 
 def test_other_kinds_see_x_as_it_is():
     "Only a flow's input is scaled, and it keeps its dtype"
-    x = batch()[0].half()
-    assert all(model_input(kind, x, torch.tensor(0.3)) is x for kind in KINDS[:3])
-    assert model_input("flow", x, torch.tensor(0.3)).dtype == torch.float16
+    x, abar = batch()[0].half(), torch.full((5, 1, 1, 1), 0.3)
+    assert all(model_input(kind, x, abar) is x for kind in KINDS[:3])
+    assert model_input("flow", x, abar).dtype == torch.float16
 
 
 @settings(max_examples=40, deadline=None)

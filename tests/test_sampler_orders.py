@@ -44,7 +44,7 @@ def test_order_of_convergence(name, order, right):
     errors = []
     for n in (40, 80, 160):
         ts = SCHEDULE.t_of_log_snr(torch.linspace(HIGH, LOW, n + 1, dtype=torch.float64))
-        *_, at_0, _ = SAMPLERS[name](perfect_eps(SCHEDULE, MEANS, STD), X, SCHEDULE, ts)  # the last step jumps to sigma 0
+        *_, at_0, _ = SAMPLERS[name](perfect_eps(SCHEDULE, MEANS, STD), X, SCHEDULE, ts)  # the last jumps to sigma 0
         errors.append((at_0.x - right).norm(dim=1).mean().item())
     slopes = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     assert all(abs(s - order) < 0.05 * order for s in slopes), (errors, slopes)
@@ -75,9 +75,9 @@ def gaussian(jump=False):
     return eps_model
 
 
-@pytest.mark.parametrize("name, kwargs, n", [*((name, kwargs, 250) for name, kwargs in CHANCE[:-1]),
-                                             ("dpmpp_2m_sde", {}, 60), ("lcm", {}, 4), ("ddim", {}, 250),
-                                             ("euler", {}, 250), ("heun", {}, 60), ("dpmpp_2m", {}, 60), ("unipc", {}, 60)])
+@pytest.mark.parametrize("name, kwargs, n", [
+    *((name, kwargs, 250) for name, kwargs in CHANCE[:-1]), ("ddim", {}, 250), ("euler", {}, 250), ("lcm", {}, 4),
+    *((name, {}, 60) for name in ("heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"))])
 def test_mean_and_covariance(name, kwargs, n):
     "20,000 samples have the right mean and covariance: within 4 standard errors, and 1.5 % for the step size"
     g, count = torch.Generator().manual_seed(0), 20_000

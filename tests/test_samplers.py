@@ -60,7 +60,7 @@ def build(name, spacing="trailing", kind="eps", **kwargs):
 def levels(name, theirs, spacing, n):
     "The levels to visit: ours if they lie between whole ones, else theirs"
     theirs.set_timesteps(n)
-    if spacing in OPTIONS: return timesteps(n, spacing="karras" if spacing == "karras" else "log_snr", schedule=NoiseSchedule())
+    if spacing in OPTIONS: return timesteps(n, spacing=spacing.replace("lambdas", "log_snr"), schedule=NoiseSchedule())
     ts = torch.cat([theirs.timesteps[:1], theirs.timesteps[1::2]]) if name == "heun" else theirs.timesteps
     return ts.long() if (ts == ts.long()).all() else ts.double()
 
@@ -213,23 +213,23 @@ def test_fractional_levels_are_not_rounded(name, spacing, whole):
     theirs = build(name, spacing)
     ts, (asked, eps_model) = levels(name, theirs, spacing, 20), recorder("eps", NoiseSchedule())[::-1]
     list(SAMPLERS[name](eps_model, start(), NoiseSchedule(), ts))
-    inner = slice(1, -1)  # the ends are whole but for rounding
-    assert theirs.timesteps.dtype == torch.int64 and theirs.timesteps[inner].tolist() == whole(ts)[inner].tolist()
+    assert theirs.timesteps.dtype == torch.int64
+    assert torch.equal(theirs.timesteps[1:-1], whole(ts[1:-1]).long())  # the ends are whole but for rounding
     assert [t for _, t, _ in asked] == ts.tolist() and max(abs(t - round(t)) for t in ts.tolist()) > 0.3
 
 
 def test_sigma_between_levels():
     "Theirs interpolates sigma to find a level's noise and log sigma to find a noise's level; ours log-SNR both ways"
-    theirs, schedule = build("euler"), NoiseSchedule()
+    theirs, ours = build("euler"), sigmas([998.5, 500.0, 0.5])
     theirs.set_timesteps(timesteps=[998.5, 500.0, 0.5])
     table = ((1 - theirs.alphas_cumprod) / theirs.alphas_cumprod).sqrt()
-    ours, back = sigmas([998.5, 500.0, 0.5]), lambda s: theirs._sigma_to_t(torch.tensor([s]).numpy(), table.log().numpy())
+    back = lambda s: theirs._sigma_to_t(torch.tensor([s]).numpy(), table.log().numpy()).item()
     assert_close(theirs.sigmas[:2].tolist(), ours[:2], rtol=3e-5, atol=0)
     assert_close(theirs.sigmas[2], table[:2].mean(), rtol=1e-6, atol=0)
     assert_close(ours[2], table[:2].log().mean().exp().item(), rtol=1e-4, atol=0)
     assert 0.01 < theirs.sigmas[2] / ours[2] - 1 < 0.02
     assert abs(back(ours[2]) - 0.5) < 1e-3 and abs(back(theirs.sigmas[2].item()) - 0.5) > 0.03
-    assert_close(schedule.t_of_log_snr(-2 * math.log(ours[2])).item(), 0.5)
+    assert_close(NoiseSchedule().t_of_log_snr(-2 * math.log(ours[2])).item(), 0.5)
 
 
 def test_first_noise():
@@ -334,12 +334,31 @@ def test_one_step_and_a_thousand(name, n):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_keeps_dtype_and_builds_no_graph(name):
-    "Half precision stays half, and nothing is kept for a backward pass"
-    layer = torch.nn.Linear(4, 4)
-    x = torch.ones(2, 4).half()
-    *_, last = SAMPLERS[name](lambda x, t: layer(x.float()).to(x.dtype), x, NoiseSchedule(), timesteps(3))
-    assert last.x.dtype == torch.float16 and not last.x.requires_grad and torch.is_grad_enabled()
+@pytest.mark.parametrize("dtype, level", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+                                          (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_keeps_dtype_and_builds_no_graph(name, dtype, level):
+    "Half precision stays half, levels keep their digits, and nothing is kept for a backward pass"
+    layer, asked, schedule = torch.nn.Linear(4, 4), [], NoiseSchedule()
+
+    def model(x, t):
+        asked.append(t.dtype)
+        return layer(x.float()).to(x.dtype)
+    ts = timesteps(3, spacing="karras", schedule=schedule)
+    *_, last = SAMPLERS[name](model, torch.ones(2, 4, dtype=dtype), schedule, ts)
+    assert last.x.dtype == dtype and set(asked) == {level}
+    assert not last.x.requires_grad and torch.is_grad_enabled()
+
+
+def test_noise_is_the_same_in_every_dtype_and_fits_the_batch():
+    "Noise is drawn in float32 on the CPU and then converted; one generator for all, or as many as pictures"
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        drawn = fresh_noise(torch.empty(2, 3, dtype=dtype), seeds(5, 6))
+        assert torch.equal(drawn, fresh_noise(torch.empty(2, 3), seeds(5, 6)).to(dtype))
+    one = torch.Generator().manual_seed(5)
+    assert torch.equal(fresh_noise(torch.empty(2, 3), one)[:1], fresh_noise(torch.empty(1, 3), seeds(5)))
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"{count} generators do not fit 2 pictures"):
+            fresh_noise(torch.empty(2, 3), seeds(*range(count)))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

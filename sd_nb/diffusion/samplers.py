@@ -24,7 +24,7 @@ def noise_over_signal(
 # %% ../../nbs/22a_diffusion.samplers.ipynb #d18dd9c9
 def shrink(
     y: torch.Tensor,  # `(b, ...)` picture plus sigma times noise
-    sigma: float,
+    sigma: float,     # noise over signal
 ) -> torch.Tensor:    # `(b, ...)` x, of which signal and noise powers add up to 1
     "Scale back to what the network knows"
     return y / math.sqrt(1 + sigma**2)

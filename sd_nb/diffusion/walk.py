@@ -82,6 +82,7 @@ def fresh_noise(
 ) -> torch.Tensor:    # `(b, ...)` standard normal
     "Draw noise on the CPU in float32, so that a seed means the same picture on every device"
     if isinstance(generator, (list, tuple)):
+        if len(generator) != len(x): raise ValueError(f"{len(generator)} generators do not fit {len(x)} pictures")
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generator]).to(x)
     return torch.randn(x.shape, generator=generator).to(x)
 
