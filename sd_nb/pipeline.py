@@ -194,7 +194,8 @@ def _shape(self: StableDiffusion, height, width):
 def _start(self: StableDiffusion, latents, n, height, width, generators):
     from sd_nb.edit import check_memory
     if latents is not None:
-        if not isinstance(latents, Tensor) or latents.ndim != 4: raise ValueError("latents must be a tensor (b, c, h, w)")
+        if not isinstance(latents, Tensor) or latents.ndim != 4:
+            raise ValueError("latents must be a tensor (b, c, h, w)")
         height, width = (side * self.autoencoder.factor if given is None else given
                          for given, side in zip((height, width), latents.shape[2:]))
     shape = self._shape(height, width)
@@ -202,7 +203,7 @@ def _start(self: StableDiffusion, latents, n, height, width, generators):
         raise ValueError(f"latents {tuple(latents.shape)} should be {(n, *shape)} for these prompts and this size")
     if latents is not None and not latents.isfinite().all(): raise ValueError("latents hold NaN or infinity")
     check_memory(self, n, *shape[1:])
-    noise = fresh_noise(torch.empty(n, *shape), generators)  # also when it is not used: what comes later is the same then
+    noise = fresh_noise(torch.empty(n, *shape), generators)  # also when unused: what comes later is the same then
     return noise if latents is None else latents.detach().float()
 
 # %% ../nbs/51_pipeline.ipynb #f71624d0
@@ -217,7 +218,8 @@ def _guided(self: StableDiffusion, prompts, negatives, guidance, beside, **optio
     texts = prompts if guidance == 1 else prompts + negatives
     windows = max(count_windows(self.tokenizer, text) for text in texts)  # the same number for both
     uncond = None if guidance == 1 else self.encode(negatives, windows)
-    return guided(_predict, self.encode(prompts, windows), uncond, guidance, self.sampling.prediction, self.schedule, **options)
+    context, kind = self.encode(prompts, windows), self.sampling.prediction
+    return guided(_predict, context, uncond, guidance, kind, self.schedule, **options)
 
 @patch
 def _sampler(self: StableDiffusion, name):
@@ -257,7 +259,8 @@ def denoise(
     walk, s = self._sampler(sampler), self.sampling
     generators = _generators(_whole("seed", seed, 0, 2**63 - 1), len(prompts))
     ts = timesteps(_whole("steps", steps, 1, s.T), s.T, spacing or s.spacing, s.offset, self.schedule)
-    x, skip = self._start(latents, len(prompts), height, width, generators).to(self.device), steps - int(steps * strength)
+    skip = steps - int(steps * strength)
+    x = self._start(latents, len(prompts), height, width, generators).to(self.device)
     model = self._guided(prompts, negatives, guidance, beside, **more)
     if skip == steps: return iter(())
     if picture is not None: x = begin(self.schedule, picture, x, ts[skip].item())
