@@ -139,7 +139,8 @@ class Demo:
         for name in ("minutes", "processes"):
             if not getattr(self, name) > 0: raise ValueError(f"--{name} {getattr(self, name)} must be positive")
         directory = check_writable(self.run_directory)
-        if draw_embedded(self.prompt, directory, self.seed): print(f"drawn by the model in the package: {directory / 'first.png'}")
+        if draw_embedded(self.prompt, directory, self.seed):
+            print(f"drawn by the model in the package: {directory / 'first.png'}")
         code = run_and_wait(training_command(directory, self.minutes, self.processes, self.seed, self.data))
         if code: print(f"training stopped (exit code {code}): the same command resumes {directory}", file=sys.stderr)
         else: print(summary(directory, self.draw(directory)))
@@ -151,7 +152,8 @@ class Demo:
     ) -> Path:  # the picture
         "Draw the prompt with the run's model"
         from sd_nb.pipeline import StableDiffusion
-        return draw_prompt(StableDiffusion.from_pretrained(directory / "model"), self.prompt, directory / "prompt.png", self.seed)
+        pipe = StableDiffusion.from_pretrained(directory / "model")
+        return draw_prompt(pipe, self.prompt, directory / "prompt.png", self.seed)
 
 # %% ../nbs/52_demo.ipynb #e302803d
 def summary(

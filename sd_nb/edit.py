@@ -151,7 +151,8 @@ def to_mask(
 ) -> Tensor:                  # `(1, 1, H, W)` of 0 and 1
     "Read a mask"
     if not isinstance(picture, Image.Image): raise ValueError(f"a mask is a PIL picture, not {type(picture).__name__}")
-    if picture.size != size: raise ValueError("the mask has {}x{} pixels, the picture {}x{}".format(*picture.size, *size))
+    if picture.size != size:
+        raise ValueError("the mask has {}x{} pixels, the picture {}x{}".format(*picture.size, *size))
     return torch.tensor(np.asarray(opaque(picture, "black").convert("L")) >= 128).float()[None, None]
 
 # %% ../nbs/51a_edit.ipynb #5930ceeb
@@ -175,8 +176,9 @@ def _prepare(pipe, image, mask, strength, height, width):
     if mask is not None: to_mask(mask, image.size)
     size = (width or image.width, height or image.height)
     near = [max(pipe.factor, round(side / pipe.factor) * pipe.factor) for side in size]
-    if list(size) != near: raise ValueError("picture of {}x{}: both sides must divide by {}: ask for width={}, height={}"
-                                            .format(*size, pipe.factor, *near))
+    if list(size) != near:
+        raise ValueError("picture of {}x{}: both sides must divide by {}: ask for width={}, height={}"
+                         .format(*size, pipe.factor, *near))
     scaled = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
     return scaled, None if mask is None else to_mask(opaque(mask, "black").resize(size, Image.Resampling.NEAREST), size)
 

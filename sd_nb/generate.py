@@ -21,13 +21,13 @@ from tqdm import tqdm
 from .demo import check_prompt, check_writable, save_picture
 
 # %% ../nbs/52a_generate.ipynb #e276e976
-KINDS = dict(prompt=str, negative=str, model=str, sampler=str, spacing=str, image=str, mask=str, lora=list, interval=list,
-             steps=int, seed=int, height=int, width=int, guidance=float, rescale=float, strength=float)
+KINDS = dict(prompt=str, negative=str, model=str, sampler=str, spacing=str, image=str, mask=str, lora=list,
+             interval=list, steps=int, seed=int, height=int, width=int, guidance=float, rescale=float, strength=float)
 DEFAULTS = dict(negative="", steps=20, sampler="dpmpp_2m", guidance=4.0, seed=0)
 
 def _is(value, kind):
     "Is this a value of the kind? Whole numbers count as fractions, truth values as nothing"
-    if kind is list: return isinstance(value, list) and len(value) <= 32 and all(isinstance(o, str | float | int) for o in value)
+    if kind is list: return isinstance(value, list) and all(isinstance(o, str | float | int) for o in value)
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 def check_settings(
@@ -36,7 +36,8 @@ def check_settings(
 ) -> dict:           # the same, without those that are None
     "Let only known settings of the right kind pass"
     for name, value in settings.items():
-        if name not in KINDS: raise ValueError(f"{where}: unknown setting {str(name)[:40]!r}: known are {', '.join(KINDS)}")
+        if name not in KINDS:
+            raise ValueError(f"{where}: unknown setting {str(name)[:40]!r}: known are {', '.join(KINDS)}")
         if value is not None and not _is(value, KINDS[name]):
             raise ValueError(f"{where}: {name} must be of kind {KINDS[name].__name__}, not {str(value)[:40]!r}")
     return {name: value for name, value in settings.items() if value is not None}
@@ -94,7 +95,8 @@ LONGEST_FILE, LONGEST_LINE = 2**24, 10_000  # bytes, characters
 
 def _line(text, where, is_json):
     "The settings of one line"
-    if len(text) > LONGEST_LINE: raise ValueError(f"{where}: {len(text)} characters, more than {LONGEST_LINE}: no prompt")
+    if len(text) > LONGEST_LINE:
+        raise ValueError(f"{where}: {len(text)} characters, more than {LONGEST_LINE}: no prompt")
     if any(ord(c) < 32 and c != "\t" for c in text): raise ValueError(f"{where}: control characters: this is no text")
     if not is_json: return dict(prompt=text)
     try: value = json.loads(text, parse_constant=float)
@@ -137,7 +139,7 @@ class Generate:
     sd-nb generate --like many/00003-cat-0.png       the same picture again; any flag changes that setting
     sd-nb generate "a cat" --image dog.jpg --mask hat.png    change a picture, or what is white in a mask
     """
-    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT")] = None  # what to draw, in quotes
+    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT")] = None  # what to draw
     prompts: Path | None = None      # file of prompts, one a line; .jsonl: objects with settings of their own
     like: Path | None = None         # PNG whose settings are used where no flag says otherwise
     model: str | None = None         # directory, file, or name on the Hugging Face Hub; default: the package's own
@@ -174,7 +176,8 @@ def flags(self: Generate) -> dict:  # the settings that were given as flags
     given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in KINDS}
     given |= {name: list(given[name]) if given[name] else None for name in ("lora", "interval")}
     if self.size:
-        if not re.fullmatch(r"\d{1,5}x\d{1,5}", self.size): raise ValueError(f"--size {self.size!r}: write it as 512x768")
+        if not re.fullmatch(r"\d{1,5}x\d{1,5}", self.size):
+            raise ValueError(f"--size {self.size!r}: write it as 512x768")
         if self.height or self.width: raise ValueError("--size says it all: leave out --height and --width")
         given |= dict(zip(("width", "height"), map(int, self.size.split("x"))))
     return check_settings(given, "flags")
@@ -186,7 +189,8 @@ def wishes(self: Generate) -> list[dict]:  # settings of each prompt
     only_local({k: v for k, v in like.items() if k not in flags}, self.like)
     base = DEFAULTS | like | flags
     if self.prompts and self.prompt: raise ValueError("PROMPT and --prompts exclude each other")
-    if not self.prompts and "prompt" not in base: raise ValueError("nothing to draw: give a PROMPT, --prompts or --like")
+    if not self.prompts and "prompt" not in base:
+        raise ValueError("nothing to draw: give a PROMPT, --prompts or --like")
     wishes = [base | line for line in (read_prompts(self.prompts) if self.prompts else [{}])]
     if any(o.get(k) != wishes[0].get(k) for o in wishes for k in ("model", "lora")):
         raise ValueError("--prompts: all lines share one model and its LoRA files: give them as flags")
@@ -249,7 +253,8 @@ def draw(
         return pipe(text, negative, progress=progress, **options)[0]
     mask = open_picture(settings["mask"]) if "mask" in settings else None
     strength = 0.0 if check else settings.get("strength", 0.8)
-    return pipe.edit(text, open_picture(settings["image"]), strength, mask, negative, progress=progress and not check, **options)[0]
+    image = open_picture(settings["image"])
+    return pipe.edit(text, image, strength, mask, negative, progress=progress and not check, **options)[0]
 
 # %% ../nbs/52a_generate.ipynb #5518774c
 @patch
@@ -259,7 +264,8 @@ def run(self: Generate) -> int:  # exit code
     jobs = self.jobs(wishes)
     done = [self.is_done(job) for job in jobs]
     sheet = self.out / f"grid-{jobs[0].path.stem}-{len(jobs)}.png"
-    if self.grid and sheet.exists() and not (self.force or all(done)): raise ValueError(f"{sheet} is already there: --force overwrites")
+    if self.grid and sheet.exists() and not (self.force or all(done)):
+        raise ValueError(f"{sheet} is already there: --force overwrites")
     if not all(done): self._draw_all(jobs, done)
     for job, there in zip(jobs, done):
         if there: tqdm.write(f"{job.path} (was there)")
