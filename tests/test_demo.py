@@ -76,7 +76,7 @@ def test_generate_writes_pictures_with_their_settings(tmp_path, model, capsys):
     "n pictures and a grid, each with prompt, negative prompt and seed in its text"
     code, out, _ = say(capsys, "generate", "a red apple", "--model", model, "--out", tmp_path / "out", "--n", 3, "--grid", "--steps", 2, "--negative", "blue", "--seed", 5)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert code == 0 and names == ["a-red-apple-5-grid-3.png", "a-red-apple-5.png", "a-red-apple-6.png", "a-red-apple-7.png"]
+    assert code == 0 and names == ["a-red-apple-5.png", "a-red-apple-6.png", "a-red-apple-7.png", "grid-a-red-apple-5-3.png"]
     text = Image.open(tmp_path / "out" / "a-red-apple-6.png").text["parameters"]
     assert text.splitlines()[:2] == ["a red apple", "Negative prompt: blue"] and "Seed: 6, " in text and "Steps: 2, " in text and "CFG scale: 4.0, " in text
 
@@ -88,13 +88,13 @@ def test_generate_draws_what_the_pipeline_draws(tmp_path, model, capsys):
     ours = StableDiffusion.from_pretrained(model)("a red apple", steps=2, guidance=4.0, sampler="ddim", progress=False)[0]
     path = tmp_path / "out" / "a-red-apple-0.png"
     assert Image.open(path).tobytes() == ours.tobytes()
-    code, _, err = say(capsys, *words)
+    code, _, err = say(capsys, *words, "--negative", "blue")
     assert code == 2 and str(path) in err
-    assert say(capsys, *words, "--force")[0] == 0
+    assert say(capsys, *words, "--negative", "blue", "--force")[0] == 0
 
 
 @pytest.mark.parametrize("words, culprit", [
-    (["generate", " "], "prompt is empty"), (["generate", "apple " * 99], "tokens long"), (["generate", "🍎🍎🍎"], "🍎🍎🍎"), (["generate"], "PROMPT"),
+    (["generate", " "], "prompt is empty"), (["generate", "🍎🍎🍎"], "🍎🍎🍎"), (["generate"], "nothing to draw"),
     (["generate", "apple", "--height", "17"], "height 17"), (["generate", "apple", "--steps", "0"], "steps"), (["generate", "apple", "--guidance", "nan"], "guidance"),
     (["generate", "apple", "--sampler", "magic"], "magic"), (["generate", "apple", "--seed", "-1"], "seed"), (["generate", "apple", "--n", "0"], "--n 0"),
     (["generate", "apple", "--colour", "red"], "--colour"), (["paint"], "paint"), (["train", "huge"], "huge")])

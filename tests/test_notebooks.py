@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
 PARTS = [p for p in NOTEBOOKS if p.stem != "index"]
 TUTORIALS = "7"  # the decade that exports nothing
-JUDGES = ["diffusers", "transformers", "nbdev", "execnb", "datasets", "webdataset", "pytest", "accelerate"]
+JUDGES = ["diffusers", "transformers", "nbdev", "execnb", "datasets", "webdataset", "pytest", "accelerate", "peft"]
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 each_part = pytest.mark.parametrize("path", PARTS, ids=lambda p: p.stem)
