@@ -11,6 +11,7 @@ import sys
 from .config import one_line_errors, parse
 from .convert import Convert
 from .demo import Demo
+from .download import Download
 from .generate import Generate
 
 # %% ../nbs/53_cli.ipynb #679c5866
@@ -35,7 +36,7 @@ def run_command(
     return parse(COMMANDS[name], args, prog).run()
 
 # %% ../nbs/53_cli.ipynb #82fe3a09
-COMMANDS = dict(demo=Demo, generate=Generate, train=train, convert=Convert)
+COMMANDS = dict(demo=Demo, generate=Generate, train=train, convert=Convert, download=Download)
 
 
 def main(
