@@ -95,7 +95,8 @@ def check(
         value = getattr(config, name)
         if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
     if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
-    if config.zero_snr and config.prediction != "v": raise ValueError("--zero-snr needs --prediction v: in pure noise, eps says nothing")
+    if config.zero_snr and config.prediction != "v":
+        raise ValueError("--zero-snr needs --prediction v: in pure noise, eps says nothing")
     unet, autoencoder, text = config.unet, config.autoencoder, config.clip.text
     if unet.c_in != autoencoder.c_latent:
         raise ValueError(f"--unet.c-in {unet.c_in} must equal --autoencoder.c-latent {autoencoder.c_latent}")

@@ -205,7 +205,8 @@ class UNetStage:
         self.tokens, self.empty = self.tokenizer(self.latents.captions), self.tokenizer("")
         torch.manual_seed(config.seed)
         self.model = config.family.network(config.unet)
-        self.sampling = replace(config.family.sampling, prediction=config.prediction, size=config.size, zero_snr=config.zero_snr)
+        noise = dict(prediction=config.prediction, zero_snr=config.zero_snr)
+        self.sampling = replace(config.family.sampling, size=config.size, **noise)
         self.net = DenoisingLoss(self.model, config.prediction, config.gamma, make_schedule(self.sampling))
 
 # %% ../../nbs/44_train.stages.ipynb #f184a668
