@@ -225,6 +225,8 @@ def _guided(self: StableDiffusion, prompts, negatives, guidance, beside, **optio
 def _sampler(self: StableDiffusion, name):
     "The sampler of this name, set to end where the model was trained to end"
     if name not in SAMPLERS: raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    if name == "heun" and self.sampling.zero_snr:
+        raise ValueError("heun cannot begin in pure noise, where this model was trained to begin: try dpmpp_2m or unipc")
     if name != "ddim" or self.sampling.set_alpha_to_one: return SAMPLERS[name]
     return partial(SAMPLERS[name], abar_end=float(self.schedule.abar[0]))
 

@@ -86,12 +86,13 @@ def test_a_line_that_stays_broken(hub, tmp_path, capsys):
 
 def test_ctrl_c_leaves_a_piece_that_resumes(hub, tmp_path, capsys):
     """SIGINT in the middle: exit code 130, a piece and no file; the same command fetches the rest."""
-    hub.piece, hub.seconds = 10_000, 0.05
+    hub.piece, hub.seconds = 10_000, 0.5
     code = ("import sys; from sd_nb import download; from sd_nb.config import one_line_errors, parse\n"
             "download.MODELS['toy'] = [download.File('me/toy', 'large.pt', 'large.pt')]; download.CHUNK = 10_000\n"
             "with one_line_errors('sd-nb download'): parse(download.Download, sys.argv[1:], 'sd-nb download').run()")
     words = ["toy", "--out", str(tmp_path / "toy"), "--endpoint", hub.address, "--allow-private"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     until = time.monotonic() + 60
     while not any(p.stat().st_size >= 20_000 for p in tmp_path.rglob("*.part")) and time.monotonic() < until: time.sleep(0.01)
     process.send_signal(signal.SIGINT)

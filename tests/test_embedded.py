@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import sd_nb
 from sd_nb import StableDiffusion
+from sd_nb.diffusion.samplers import SAMPLERS
 
 MODEL = Path(sd_nb.__file__).parent / "assets" / "model"
 
@@ -72,3 +73,16 @@ def test_diffusers_draws_the_same(pipe):
     a = pipe(prompt, latents=noise, steps=10, guidance=3, sampler="ddim", output="np", progress=False)
     b = theirs(prompt, latents=noise.clone(), num_inference_steps=10, guidance_scale=3, output_type="np").images
     assert_close(torch.tensor(a), torch.tensor(b), atol=2 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "heun"])
+def test_every_sampler_draws(pipe, sampler):
+    """A red heart on white paper, whichever way it is walked to."""
+    picture = pipe("red heart, flat style", steps=20, guidance=4, sampler=sampler, output="np", progress=False)[0]
+    ink = picture[picture.min(-1) < 0.6]
+    assert picture[:3].mean() > 0.9 and len(ink) > 400 and ink.mean(0).argmax() == 0
+
+
+def test_heun_is_refused(pipe):
+    """It averages slopes over an infinite noise-to-signal ratio: one line instead of a ruined picture."""
+    with pytest.raises(ValueError, match="heun cannot begin in pure noise"): pipe("red heart", sampler="heun")
