@@ -50,7 +50,7 @@ def check_same(ours, theirs, names, call_ours, call_theirs):
     "Equal outputs to 1e-5; equal gradients of every parameter to 1e-4, relative."
     y, z = call_ours(ours), call_theirs(theirs)
     assert y.abs().max() > 1e-2
-    assert_close(y, z, atol=1e-5, rtol=1e-5)
+    assert_close(y, z.float(), atol=1e-5, rtol=1e-5)
     a, b = rename(gradients(ours, y), names), gradients(theirs, z)
     assert a.keys() == b.keys()
     assert {k for k, g in a.items() if g is None} == {k for k, g in b.items() if g is None}  # what the call leaves out
@@ -60,21 +60,20 @@ def check_same(ours, theirs, names, call_ours, call_theirs):
         assert norm(a[name] - g) <= 1e-4 * norm(g) + 1e-6 * largest, name
 
 
-def check_unet(config, h=8, w=8, b=1):
+def check_unet(config, h=8, w=8, b=1, judge=torch.float32):
     ours = filled(UNet, config)
-    theirs = twin(ours, lambda: UNet2DConditionModel.from_config(write_unet_config(config)), UNET_NAMES)
-    inputs = randn(b, config.c_in, h, w), torch.arange(b) * 250 + 481, randn(b, 7, config.d_context)
-    check_same(ours, theirs, UNET_NAMES, lambda m: m(*inputs), lambda m: m(*inputs).sample)
+    theirs = twin(ours, lambda: UNet2DConditionModel.from_config(write_unet_config(config)), UNET_NAMES).to(judge)
+    x, t, context = randn(b, config.c_in, h, w), torch.arange(b) * 250 + 481, randn(b, 7, config.d_context)
+    check_same(ours, theirs, UNET_NAMES, lambda m: m(x, t, context), lambda m: m(x.to(judge), t, context.to(judge)).sample)
 
 
-def check_autoencoder(config, h=64, w=64, b=1):
+def check_autoencoder(config, h=64, w=64, b=1, judge=torch.float32):
     ours = filled(Autoencoder, config)
-    theirs = twin(ours, lambda: AutoencoderKL.from_config(write_autoencoder_config(config)), AUTOENCODER_NAMES)
+    theirs = twin(ours, lambda: AutoencoderKL.from_config(write_autoencoder_config(config)), AUTOENCODER_NAMES).to(judge)
     x, z = randn(b, config.c_in, h, w), randn(b, config.c_latent, h // ours.factor, w // ours.factor)
-    check_same(ours, theirs, AUTOENCODER_NAMES,
-               lambda m: torch.cat([m.encode(x).mean, m.encode(x).std], 1),
-               lambda m: torch.cat([m.encode(x).latent_dist.mean, m.encode(x).latent_dist.std], 1))
-    check_same(ours, theirs, AUTOENCODER_NAMES, lambda m: m.decode(z), lambda m: m.decode(z).sample)
+    both = lambda q: torch.cat([q.mean, q.std], 1)
+    check_same(ours, theirs, AUTOENCODER_NAMES, lambda m: both(m.encode(x)), lambda m: both(m.encode(x.to(judge)).latent_dist))
+    check_same(ours, theirs, AUTOENCODER_NAMES, lambda m: m.decode(z), lambda m: m.decode(z.to(judge)).sample)
 
 
 def check_text(config, b=1):
@@ -126,6 +125,7 @@ def unets(draw):
         linear_proj=draw(st.booleans()), **heads)
 
 
+# The judges of the small shapes compute in float64: on some processors float32 rounding alone moves diffusers' answer by more than 1e-5.
 TEN = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -134,7 +134,7 @@ TEN = settings(max_examples=10, deadline=None, derandomize=True, suppress_health
 def test_random_unets_are_diffusers(config, h, w):
     """Ten random shapes at random sizes."""
     factor = 2 ** (len(config.mults) - 1)
-    check_unet(config, h * factor + factor, w * factor + factor, b=2)
+    check_unet(config, h * factor + factor, w * factor + factor, b=2, judge=torch.float64)
 
 
 @TEN
@@ -144,7 +144,7 @@ def test_random_unets_are_diffusers(config, h, w):
 def test_random_autoencoders_are_diffusers(config, h, w):
     """Ten random shapes at random sizes."""
     factor = 2 ** (len(config.mults) - 1)
-    check_autoencoder(config, 4 * h * factor, 4 * w * factor, b=2)
+    check_autoencoder(config, 4 * h * factor, 4 * w * factor, b=2, judge=torch.float64)
 
 
 @TEN
