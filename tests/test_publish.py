@@ -1,6 +1,4 @@
 """A cleaned data set opens with `datasets` as it is, never as it was, and goes to the Hub with its card first."""
-import io
-import json
 import shutil
 import subprocess
 import sys
@@ -8,10 +6,10 @@ from itertools import islice
 
 import pytest
 
-from sd_nb.data.captions import Clean
+from sd_nb.data.clean import Clean
 from sd_nb.data.emoji import embedded
 from sd_nb.data.images import read_shards, write_shards
-from sd_nb.data.publish import add_to_report, as_dataset, data_card, new_report, printable, push
+from sd_nb.data.publish import as_dataset, push
 
 datasets = pytest.importorskip("datasets")
 
@@ -84,18 +82,6 @@ def test_the_pushed_file_holds_the_pictures(made):
     assert [row["image"].tobytes() for row in again] == pictures
 
 
-def test_the_card_has_a_head_that_the_hub_reads(made):
-    """License and task in YAML, then the counts; nothing of the machine it was made on."""
-    from huggingface_hub import DatasetCard
-    text = (made / "README.md").read_text()
-    card = DatasetCard(text)
-    assert card.data.license == "mit" and card.data.task_categories == ["text-to-image"]
-    assert "38 pictures with 38 captions." in text and "| clean | 40 | 38 | 2 empty |" in text and "entities in 1" in text
-    assert str(made.parent) not in text and "tokens" not in text
-    strange = data_card("x", 'a"\n---\nb: c', [dict(step="clean", asked=1, kept=1, dropped={})], new_report())
-    assert DatasetCard(strange).data.license == 'a"\n---\nb: c' and not hasattr(DatasetCard(strange).data, "b")
-
-
 def test_what_is_not_whole_is_refused(made, tmp_path):
     """A directory of anything else, a run that broke off, shards that changed and a set with nothing in it are named in one line."""
     with pytest.raises(FileNotFoundError, match="nothing: no cleaned data set"): as_dataset(tmp_path / "nothing")
@@ -115,14 +101,3 @@ def test_without_datasets_there_is_one_line(made):
             f"try: as_dataset({str(made)!r})\nexcept ValueError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "datasets is not installed; pip install datasets\n", done.stderr
-
-
-def test_report():
-    """Changes are counted for all pictures, lengths for those that stay, and examples end at twelve."""
-    report = new_report()
-    row = dict(captions=["a", "b"], caption="a", tokens=[77, 78], changes=["tags", "spaces"], before="<b>a", reason=None)
-    add_to_report(report, [row] * 20 + [row | dict(reason="empty", tokens=[999])] + [row | dict(changes=None, before=None, tokens=[None] * 2)])
-    assert report["changed"] == {"tags": 21, "spaces": 21} and len(report["examples"]) == 12
-    assert (report["captions"], report["cut"], report["longest"]) == (42, 20, 78)
-    assert printable("x" * 10**6) == "x" * 200 and printable("\ud800") == "\\ud800" and json.dumps(printable(None)) == '"None"'
-    io.StringIO().write(printable("\ud800"))
