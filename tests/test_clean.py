@@ -18,7 +18,7 @@ from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
 from sd_nb.config import parse
-from sd_nb.data.clean import TABLE, Clean, add_to_report, new_report, notes_of, read_clean, read_files, read_kept
+from sd_nb.data.clean import TABLE, Clean, add_to_report, new_report, notes_of, read_files
 from sd_nb.data.publish import examples
 from sd_nb.model.tokenizer import Tokenizer
 
