@@ -234,7 +234,7 @@ HIGH_ORDER = ("heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 @patch
 def _levels(self: StableDiffusion, steps, sampler, spacing):
     "The levels to visit; samplers of high order need small steps near the picture, the others take the model's"
-    s, spacing = self.sampling, spacing or ("karras" if sampler in HIGH_ORDER else "model")
+    s, spacing = self.sampling, spacing or ("karras" if sampler in HIGH_ORDER and steps >= 10 else "model")
     return timesteps(_whole("steps", steps, 1, s.T), s.T, s.spacing if spacing == "model" else spacing, s.offset, self.schedule)
 
 # %% ../nbs/51_pipeline.ipynb #417d4efc

@@ -192,7 +192,7 @@ def test_the_right_picture_at_the_edges(pipe):
 def test_options_do_what_guidance_does(pipe):
     """rescale, interval and spacing change the picture; an interval that holds no level is guidance 1."""
     def draw(**options): return pipe("a cat", "the moon", steps=5, guidance=6.0, output="np", progress=False, **options)
-    for options in (dict(rescale=0.7), dict(interval=(0.5, 3.0)), dict(spacing="model"), dict(spacing="log_snr")):
+    for options in (dict(rescale=0.7), dict(interval=(0.5, 3.0)), dict(spacing="karras"), dict(spacing="log_snr")):
         assert np.abs(draw(**options) - draw()).max() > 1e-3
     assert_close(draw(interval=(1e5, 2e5)), pipe("a cat", steps=5, guidance=1, output="np", progress=False), atol=1e-5, rtol=0)
 
