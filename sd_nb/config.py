@@ -58,9 +58,13 @@ class Config:
     bad_steps: int = 10  # steps in a row whose loss or gradient is not finite that end the run; fewer are skipped
     ema: float = 0.9999  # decay of the averaged weights that are sampled from
     drop_text: float = 0.1  # part of the captions replaced by the empty prompt, for classifier-free guidance
-    prediction: Literal["eps", "v"] = "eps"  # what the UNet predicts: noise or velocity
+    prediction: Literal["eps", "v", "x0", "flow"] = "eps"  # UNet's answer: noise, velocity, picture, straight path
     gamma: float | None = 5.0  # Min-SNR's ceiling on the signal-to-noise ratio; None: all timesteps count alike
-    zero_snr: bool = False  # stretch the noise schedule so that its last level is pure noise? (needs prediction v)
+    soft_snr: bool = False  # approach that ceiling smoothly?
+    huber: float | None = None  # from about this error on the cost grows only linearly; None: it is squared
+    offset_noise: float = 0.0  # deviation of a random shift of each channel's noise
+    timesteps: Literal["uniform", "logit-normal"] = "uniform"  # which noise levels are trained how often
+    zero_snr: bool = False  # stretch the noise schedule so that its last level is pure noise? (not with eps)
     seed: int = 0  # decides initial weights, sample order, noise, timesteps and dropped captions
     log_every: int = 10  # steps between two rows of metrics.jsonl
     sample_every: int = 1000  # steps between two sample grids
@@ -92,7 +96,7 @@ def to_dict(self: Config) -> dict:  # JSON-ready, paths as strings
     return json.loads(json.dumps(asdict(self), default=str))
 
 # %% ../nbs/00_config.ipynb #bf4b283a
-POSITIVE = ("steps", "batch", "accumulate", "minutes", "lr", "warmup", "bad_steps",
+POSITIVE = ("steps", "batch", "accumulate", "minutes", "lr", "warmup", "gamma", "huber", "bad_steps",
             "log_every", "sample_every", "save_every", "keep")
 
 
@@ -106,8 +110,11 @@ def check(
     if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
     if config.accumulate > 1 and config.stage == "clip":
         raise ValueError(f"--accumulate {config.accumulate} would change CLIP's loss, which compares all pictures of a batch")
-    if config.zero_snr and config.prediction != "v":
-        raise ValueError("--zero-snr needs --prediction v: in pure noise, eps says nothing")
+    if config.zero_snr and config.prediction == "eps":
+        raise ValueError("--zero-snr needs --prediction v, x0 or flow: in pure noise, eps says nothing")
+    if config.soft_snr and config.gamma is None: raise ValueError("--soft-snr needs a --gamma to soften")
+    if not 0 <= config.offset_noise < float("inf"):
+        raise ValueError(f"--offset-noise {config.offset_noise} must be a number from 0 upwards")
     unet, autoencoder, text = config.unet, config.autoencoder, config.clip.text
     if unet.c_in != autoencoder.c_latent:
         raise ValueError(f"--unet.c-in {unet.c_in} must equal --autoencoder.c-latent {autoencoder.c_latent}")

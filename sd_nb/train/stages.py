@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILD', 'packed_pixels', 'splits', 'keys_of', 'AutoencoderLoss', 'AutoencoderStage', 'latent_scale',
-           'draw_similarity', 'CLIPLoss', 'CLIPStage', 'DenoisingLoss', 'UNetStage', 'stages_to_train', 'is_exported',
-           'minutes_of', 'start_from', 'train']
+           'draw_similarity', 'CLIPLoss', 'CLIPStage', 'UNetStage', 'stages_to_train', 'is_exported', 'minutes_of',
+           'start_from', 'train']
 
 # %% ../../nbs/44_train.stages.ipynb #a7d899a4
 from dataclasses import replace
@@ -22,12 +22,11 @@ from ..config import PROMPTS, Config
 from ..data.emoji import embedded
 from ..data.latents import pack_latents, pack_pixels, sample_latents, to_float, unit_scale
 from ..data.loader import Packed
-from ..diffusion.noise import NoiseSchedule
-from ..diffusion.objective import denoising_loss
 from ..model.autoencoder import Autoencoder, autoencoder_loss
 from ..model.clip import CLIP, accuracy, contrastive_loss
 from ..model.tokenizer import Tokenizer
 from ..pipeline import StableDiffusion, make_schedule
+from .denoising import DenoisingLoss, draw_levels, draw_noise
 from .parallel import World, barrier, gather_with_grad, is_main
 from .step import Draws
 from .trainer import Trainer
@@ -181,21 +180,6 @@ class CLIPStage:
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
 # %% ../../nbs/44_train.stages.ipynb #0a30fba7
-class DenoisingLoss(nn.Module):
-    "The UNet together with the loss, weighted by Min-SNR if gamma is not None"
-    def __init__(self, model: nn.Module, prediction: str, gamma: float | None, schedule: NoiseSchedule):
-        super().__init__()
-        self.model, self.prediction, self.gamma, self.schedule = model, prediction, gamma, schedule
-
-    def forward(self, x0, noise, t, context):
-        "Return the weighted loss, and the plain error by quarter of the timesteps"
-        kind, gamma = self.prediction, self.gamma
-        weighted, plain = denoising_loss(self.model, self.schedule, x0, noise, t, context, kind=kind, gamma=gamma)
-        quarter = t * 4 // self.schedule.T
-        bins = {f"mse_t{250 * i}": plain.where(quarter == i, torch.nan) for i in range(4)}
-        return weighted.mean(), dict(mse=plain, **bins)
-
-# %% ../../nbs/44_train.stages.ipynb #be285263
 class UNetStage:
     "Learn to take noise away from latents while listening to the caption"
     name = "unet"
@@ -220,7 +204,7 @@ class UNetStage:
         self.model = config.family.network(config.unet)
         noise = dict(prediction=config.prediction, zero_snr=config.zero_snr)
         self.sampling = replace(config.family.sampling, size=config.size, **noise)
-        self.net = DenoisingLoss(self.model, config.prediction, config.gamma, make_schedule(self.sampling))
+        self.net = DenoisingLoss(self.model, config, make_schedule(self.sampling))
 
 # %% ../../nbs/44_train.stages.ipynb #f184a668
 @patch
@@ -230,7 +214,8 @@ def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
     moments = self.latents[rows]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     x0 = sample_latents(moments, draws.normal(*shape), self.autoencoder.config.scale)
-    noise, t = draws.normal(*shape), draws.integers(self.net.schedule.T)
+    noise = draw_noise(draws, shape, self.config.offset_noise)
+    t = draw_levels(draws, self.net.schedule.T, self.config.timesteps)
     dropped = draws.uniform() < self.config.drop_text
     tokens = torch.where(dropped[:, None], self.empty, self.tokens[rows])
     return x0, noise, t, self.text_encoder(tokens.to(self.device))
