@@ -72,6 +72,11 @@ class Config:
     keep: int = 2  # newest checkpoints that are kept
     init_from: Path | None = None  # model directory to start from: its networks are taken instead of random ones
     dry_run: bool = False  # print the resolved config and the parameter counts, and stop
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU that has it
+    tf32: bool = True  # may a GPU shorten the mantissa of float32 in products?
+    channels_last: bool = False  # keep the channels of a pixel side by side in memory?
+    checkpointing: bool = False  # compute the inside of blocks again in the backward pass, to save memory?
+    compile: bool = False  # compile the network? (the first step takes a minute)
     size: int = 512  # side of the training pictures in pixels
     unet: UNetConfig = UNetConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -201,7 +206,7 @@ PROMPTS = tuple(f"{thing}, {style} style" for style in ("flat", "noto") for thin
 
 # %% ../nbs/00_config.ipynb #0f7455e3
 FREE = {"run", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
-        "accumulate", "bad_steps", "keep", "decay", "fall", "log_every", "sample_every", "save_every"}
+        "accumulate", "tf32", "channels_last", "checkpointing", "compile", "bad_steps", "keep", "decay", "fall", "log_every", "sample_every", "save_every"}
 
 
 def refuse_changes(

@@ -1,10 +1,15 @@
 """Faults of training: what comes from outside and at the worst time changes nothing that matters."""
 import json
+import os
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from toy import ALONE, Toy, config, losses
+from toy import ALONE, Toy, config, losses, same
 
 from sd_nb.train.guard import Guard
 from sd_nb.train.trainer import Trainer
@@ -83,3 +88,50 @@ def test_fault_11_processes_decide_together(monkeypatch):
 def test_a_good_run_is_not_touched_by_the_guard(tmp_path):
     "Every step of a healthy run is admitted and logged"
     assert Trainer(Toy(), config(tmp_path), ALONE).fit() and len(losses(tmp_path)) == 20
+
+
+NO_COMPILER = """
+import sys, warnings
+sys.path[:0] = sys.argv[2:]
+from dataclasses import replace
+from pathlib import Path
+from toy import ALONE, Toy, config, losses
+from sd_nb.train.trainer import Trainer
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    Trainer(Toy(), replace(config(Path(sys.argv[1])), compile=True, steps=3), ALONE).fit()
+print(*[str(w.message) for w in said if "--compile" in str(w.message)], sep="\\n")
+"""
+
+
+def test_fault_32_no_compiler(tmp_path):
+    "Without g++ `--compile` is one warning, and the losses are those of a run without it"
+    (tmp_path / "script.py").write_text(NO_COMPILER)
+    where = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PATH=str(tmp_path), CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, tmp_path / "script.py", tmp_path / "run", *where], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--compile: this machine cannot") == 1 and len(done.stdout.splitlines()) == 1
+    plain = Trainer(Toy(), replace(config(tmp_path / "plain"), steps=3), ALONE)
+    assert plain.fit() and losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_fault_32_no_bf16(tmp_path, monkeypatch):
+    "On a CPU without the instructions bf16 is one warning and float32, bitwise; `auto` on a CPU says nothing"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="--precision bf16: this cpu has none"):
+        asked = Trainer(Toy(), config(tmp_path / "bf16", precision="bf16"), ALONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto = Trainer(Toy(), config(tmp_path / "auto", precision="auto"), ALONE)
+    plain = Trainer(Toy(), config(tmp_path / "float32", precision="float32"), ALONE)
+    for trainer in (asked, auto, plain): assert trainer.fit()
+    assert same(asked, plain) and same(auto, plain)
+
+
+def test_fault_32_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
+    "With the instructions, products are bfloat16 and weights stay float32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    trainer, seen = Trainer(Toy(), config(tmp_path, precision="bf16"), ALONE), []
+    trainer.stage.model[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    assert trainer.fit() and set(seen) == {torch.bfloat16} and {p.dtype for p in trainer.parameters} == {torch.float32}

@@ -66,7 +66,8 @@ def make_optimizer(
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
+    on_gpu = all(p.is_cuda for p in parameters)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=on_gpu, foreach=not on_gpu)
 
 # %% ../../nbs/42a_train.step.ipynb #56618235
 def add_up(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .. import viz
 from ..config import Config, refuse_changes
 from ..data.loader import batch_indices, rank_slice
-from . import checkpoint
+from . import checkpoint, speed
 from .ema import EMA
 from .guard import Guard, stop_requested
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
@@ -96,7 +96,8 @@ class Trainer:
             raise ValueError(f"--batch {batch} must be a multiple of the {world.size} processes"
                              + f" times --accumulate {self.pieces}" * (self.pieces > 1))
         self.directory = config.run if stage.name == "unet" else config.run / stage.name
-        self.net = wrap(stage.net.to(world.device), world)
+        speed.arrange(stage.net.to(world.device), config, world.device)
+        self.net, self.autocast = wrap(stage.net, world), speed.autocast(config.precision, world.device)
         self.parameters = [p for p in stage.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(stage.model, config.weight_decay)
         self.ema = EMA(stage.model, config.ema)
@@ -112,7 +113,7 @@ def step_once(self: Trainer):
     draws = Draws(seed, self.step, batch, world.rank, world.size)
     inputs = self.stage.batch(rank_slice(rows, world.rank, world.size), draws)
     self.optimizer.zero_grad(set_to_none=True)
-    metrics = add_up(self.net, [x.to(world.device) for x in inputs], self.pieces)
+    metrics = add_up(self.net, [x.to(world.device) for x in inputs], self.pieces, self.autocast)
     norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm, foreach=True)
     good = self.guard.admits(norm, *[m["loss"] for m in metrics])
     if good: self.update([*metrics, dict(grad_norm=norm)])
