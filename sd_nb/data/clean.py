@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'SEEN', 'WINDOW', 'EXAMPLES', 'read_files', 'open_sample', 'write_rows', 'measure', 'Clean', 'named_shards',
-           'sizes_of', 'twins_of', 'new_report', 'add_to_report', 'notes_of', 'read_clean', 'read_kept']
+           'sizes_of', 'twins_of', 'new_report', 'add_to_report', 'notes_of']
 
-# %% ../../nbs/33c_data.clean.ipynb #79cad857
+# %% ../../nbs/33c_data.clean.ipynb #c4a17750
 import gzip, json, tarfile, zlib
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -25,7 +25,7 @@ from .images import SUFFIXES, Sample, _members, _sample, find_shards, must_be_em
 from .latents import HashedFile, sha256_of, write_json
 from .lookalikes import SIDE, contrast, keepers, phash
 
-# %% ../../nbs/33c_data.clean.ipynb #00b5d8ab
+# %% ../../nbs/33c_data.clean.ipynb #5888febb
 def read_files(
     path: Path,  # a .tar or .tar.gz
 ) -> Iterator[tuple[str, dict[str, bytes]]]:  # key, contents by suffix
@@ -47,7 +47,7 @@ def open_sample(key: str, files: dict[str, bytes]) -> Sample:
     sample = _sample(key, {"txt": b""} | files, True)
     return sample._replace(image=ImageOps.exif_transpose(sample.image), caption=sample.caption or sample.meta.get("caption"))
 
-# %% ../../nbs/33c_data.clean.ipynb #2ba6046f
+# %% ../../nbs/33c_data.clean.ipynb #f306d628
 _TEXTS, _SIDE = pa.list_(pa.string()), pa.int32()
 TABLE = pa.schema(dict(key=pa.string(), caption=pa.string(), captions=_TEXTS, weights=pa.list_(pa.float32()), width=_SIDE,
                        height=_SIDE, bucket_width=_SIDE, bucket_height=_SIDE, phash=pa.string(), split=pa.string()))
@@ -69,7 +69,7 @@ def measure(
     return dict(width=width, height=height, bucket_width=bucket_width, bucket_height=bucket_height,
                 phash=f"{phash(small):016x}", contrast=contrast(small))
 
-# %% ../../nbs/33c_data.clean.ipynb #f02dd696
+# %% ../../nbs/33c_data.clean.ipynb #d8f54c71
 @dataclass(frozen=True)
 class Clean:
     "Clean captions, drop pictures that teach nothing, and write a table of what stays"
@@ -101,7 +101,7 @@ class Clean:
         print(f"{entry['kept']} of {entry['asked']} pictures stay", *(f"{n:8} {o}" for o, n in entry["dropped"].items()), sep="\n")
         return 0
 
-# %% ../../nbs/33c_data.clean.ipynb #211b03db
+# %% ../../nbs/33c_data.clean.ipynb #851cae9c
 @patch
 def prepare(self: Clean) -> Callable[[str, dict], dict]:  # from key and files to a row of `SEEN`
     "Prepare how a picture is looked at"
@@ -132,7 +132,7 @@ def counter(self: Clean) -> Callable[[str], int | None]:  # from text to its tok
     from sd_nb.model.tokenizer import Tokenizer
     return Tokenizer.from_pretrained(self.tokenizer).count
 
-# %% ../../nbs/33c_data.clean.ipynb #aa2e3653
+# %% ../../nbs/33c_data.clean.ipynb #f175a797
 def named_shards(
     directory: str | Path,  # where the shards are
 ) -> dict[str, Path]:       # by name: "00000"
@@ -164,7 +164,7 @@ def claim(self: Clean, shards: dict[str, Path]):
         must_be_empty(self.out)
     write_json(place, dict(source=str(self.shards.resolve()), **now))
 
-# %% ../../nbs/33c_data.clean.ipynb #e1a41945
+# %% ../../nbs/33c_data.clean.ipynb #7db7e369
 def twins_of(
     tables: list[Path],  # of the first pass
     alike: int | None,   # bits that may differ; None: nothing looks alike
@@ -179,7 +179,7 @@ def twins_of(
     chosen = range(len(hashes)) if alike is None else keepers(hashes, alike)
     return {names[i]: names[keeper] for i, keeper in enumerate(chosen) if keeper != i}
 
-# %% ../../nbs/33c_data.clean.ipynb #b0350bf4
+# %% ../../nbs/33c_data.clean.ipynb #d085e21c
 WINDOW, EXAMPLES = 77, 12  # tokens that CLIP reads, start and end included; changes that a report shows
 
 def new_report() -> dict:
@@ -208,7 +208,7 @@ def notes_of(
     tokens = f" The longest has {report['longest']:,} tokens; {report['cut']:,} are cut at {WINDOW}." if report["longest"] else ""
     return [f"{report['captions']:,} captions.{tokens}", f"Changed by cleaning: {changed}."]
 
-# %% ../../nbs/33c_data.clean.ipynb #531f16c3
+# %% ../../nbs/33c_data.clean.ipynb #b6c033b8
 @patch
 def finish(
     self: Clean,
@@ -229,25 +229,3 @@ def finish(
     write_card(self.out, entries, self.out.resolve().name, self.license, notes_of(report))
     write_funnel(self.out, entries)
     return entries[-1]
-
-# %% ../../nbs/33c_data.clean.ipynb #088e7b97
-def read_clean(
-    directory: str | Path,  # that `Clean` wrote
-) -> list[tuple[Path, Path]]:  # each shard, and the table of what stays of it
-    "Find a cleaned data set's shards and tables, and check that the shards are still those"
-    directory = Path(directory)
-    if not (directory / "funnel.json").is_file():
-        raise FileNotFoundError(f"{directory}: no cleaned data set, or cleaning was interrupted (the same command finishes it)")
-    made = json.loads((directory / "clean.json").read_text(encoding="utf-8"))
-    shards = named_shards(made["source"])
-    if sizes_of(shards) != made["shards"]: raise ValueError(f"{made['source']}: its shards have changed; clean them anew")
-    return [(path, directory / f"{name}.parquet") for name, path in shards.items()]
-
-def read_kept(
-    shard: Path,  # from `read_clean`
-    table: Path,  # likewise
-) -> Iterator[tuple[dict, dict[str, bytes]]]:  # row, contents by suffix
-    "Read the rows of a table with the files of their pictures"
-    rows = {row["key"]: row for row in pq.read_table(table).to_pylist()}
-    for key, files in read_files(shard):
-        if key in rows: yield rows[key], files
