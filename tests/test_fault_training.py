@@ -1,0 +1,137 @@
+"""Faults of training: what comes from outside and at the worst time changes nothing that matters."""
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy import ALONE, Toy, config, losses, same
+
+from sd_nb.train.guard import Guard
+from sd_nb.train.trainer import Trainer
+
+
+def state_of(trainer):
+    "Copies of everything that a step may change"
+    moments = [v.clone() for s in trainer.optimizer.state.values() for v in s.values()]
+    return [p.detach().clone() for p in trainer.parameters] + [s.clone() for s in trainer.ema.shadow.values()] + moments
+
+
+class Spoiled(Toy):
+    "A toy some of whose steps are spoiled: by the loss, by one gradient alone, or by a picture"
+    def __init__(self, how, when):
+        super().__init__()
+        self.how, self.when = how, when
+        if how == "gradient": self.model[0].weight.register_hook(lambda g: g * torch.inf if self.steps - 1 in when else g)
+
+    def batch(self, rows, draws):
+        x, y = super().batch(rows, draws)
+        if self.steps - 1 in self.when and self.how in ("nan", "inf"): y[3] = float(self.how)
+        return x, y
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+def test_fault_11_a_bad_step_changes_nothing(tmp_path, how):
+    "Weights, moments and EMA are bitwise those of before; the keys of the batch are logged; the next step trains on"
+    trainer = Trainer(Spoiled(how, {6}), config(tmp_path), ALONE)
+    trainer.directory.mkdir(parents=True, exist_ok=True)
+    for _ in range(6): trainer.step_once()
+    before = state_of(trainer)
+    with pytest.warns(UserWarning, match="step 7 was skipped"): trainer.step_once()
+    assert trainer.step == 7 and all(torch.equal(a, b) for a, b in zip(before, state_of(trainer), strict=True))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 7 and len(row["keys"]) == 8 and all(k.startswith("row ") for k in row["keys"])
+    trainer.step_once()
+    after = state_of(trainer)
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and all(a.isfinite().all() for a in after)
+
+
+def test_fault_11_a_whole_run_with_bad_steps(tmp_path):
+    "Two bad steps in a row out of twenty: the run completes, with a row for each, and all numbers that it logs are finite"
+    trainer = Trainer(Spoiled("inf", {6, 7}), replace(config(tmp_path), bad_steps=3), ALONE)
+    with pytest.warns(UserWarning): assert trainer.fit()
+    rows = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [r["step"] for r in rows if "skipped" in r] == [7, 8] and len([r for r in rows if "loss" in r]) == 18
+    assert all(torch.isfinite(torch.tensor(v)) for r in rows for v in r.values() if isinstance(v, float))
+
+
+def test_fault_11_too_many_in_a_row_stop_the_run(tmp_path):
+    "The third bad step in a row ends the run with one line; checkpoints stay; the count survives a resume"
+    bad = {6, 7, 8}
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="in 3 step.s. in a row, up to step 9: try a lower --lr") as stop:
+        Trainer(Spoiled("nan", bad), replace(config(tmp_path), bad_steps=3), ALONE).fit()
+    assert "\n" not in str(stop.value) and (tmp_path / "checkpoints" / "step-0000005" / "MANIFEST.json").exists()
+    trainer = Trainer(Spoiled("nan", bad), replace(config(tmp_path / "b"), save_every=7, steps=7), ALONE)
+    with pytest.warns(UserWarning): trainer.fit()
+    again = Trainer(Toy(), replace(config(tmp_path / "b"), steps=7), ALONE)
+    assert again.restore() and again.guard.bad == 1
+
+
+def test_fault_11_good_steps_in_between_forgive(tmp_path):
+    "Only bad steps in a row count"
+    trainer = Trainer(Spoiled("nan", {4, 6, 8, 10}), replace(config(tmp_path), bad_steps=2), ALONE)
+    with pytest.warns(UserWarning): assert trainer.fit()
+    assert trainer.guard.bad == 0
+
+
+def test_fault_11_processes_decide_together(monkeypatch):
+    "A loss that is bad on another process is bad here"
+    from sd_nb.train import guard
+    monkeypatch.setattr(guard, "agree", lambda bad: True)
+    assert not Guard(3).admits(torch.tensor(1.0))
+
+
+def test_a_good_run_is_not_touched_by_the_guard(tmp_path):
+    "Every step of a healthy run is admitted and logged"
+    assert Trainer(Toy(), config(tmp_path), ALONE).fit() and len(losses(tmp_path)) == 20
+
+
+NO_COMPILER = """
+import sys, warnings
+sys.path[:0] = sys.argv[2:]
+from dataclasses import replace
+from pathlib import Path
+from toy import ALONE, Toy, config, losses
+from sd_nb.train.trainer import Trainer
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    Trainer(Toy(), replace(config(Path(sys.argv[1])), compile=True, steps=3), ALONE).fit()
+print(*[str(w.message) for w in said if "--compile" in str(w.message)], sep="\\n")
+"""
+
+
+def test_fault_32_no_compiler(tmp_path):
+    "Without g++ `--compile` is one warning, and the losses are those of a run without it"
+    (tmp_path / "script.py").write_text(NO_COMPILER)
+    where = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PATH=str(tmp_path), CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, tmp_path / "script.py", tmp_path / "run", *where], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--compile: this machine cannot") == 1 and len(done.stdout.splitlines()) == 1
+    plain = Trainer(Toy(), replace(config(tmp_path / "plain"), steps=3), ALONE)
+    assert plain.fit() and losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_fault_32_no_bf16(tmp_path, monkeypatch):
+    "On a CPU without the instructions bf16 is one warning and float32, bitwise; `auto` on a CPU says nothing"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="--precision bf16: this cpu has none"):
+        asked = Trainer(Toy(), config(tmp_path / "bf16", precision="bf16"), ALONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto = Trainer(Toy(), config(tmp_path / "auto", precision="auto"), ALONE)
+    plain = Trainer(Toy(), config(tmp_path / "float32", precision="float32"), ALONE)
+    for trainer in (asked, auto, plain): assert trainer.fit()
+    assert same(asked, plain) and same(auto, plain)
+
+
+def test_fault_32_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
+    "With the instructions, products are bfloat16 and weights stay float32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    trainer, seen = Trainer(Toy(), config(tmp_path, precision="bf16"), ALONE), []
+    trainer.stage.model[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    assert trainer.fit() and set(seen) == {torch.bfloat16} and {p.dtype for p in trainer.parameters} == {torch.float32}
