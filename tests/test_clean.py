@@ -18,7 +18,8 @@ from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
 from sd_nb.config import parse
-from sd_nb.data.clean import TABLE, Clean, add_to_report, new_report, notes_of, read_files
+from sd_nb.data.clean import TABLE, Clean, add_to_report, new_report, notes_of
+from sd_nb.data.images import read_files
 from sd_nb.data.publish import examples
 from sd_nb.model.tokenizer import Tokenizer
 
@@ -337,7 +338,7 @@ def test_fault_22_keys_that_are_nearly_the_same(tmp_path_factory, keys, cut):
 def test_fault_22_two_pictures_of_one_key(tmp_path, shards):
     """Whose caption it is nobody can say: next to each other, apart, in two shards, or with files out of order, it is an error."""
     for n, members in enumerate(shards): write_tar(tmp_path / f"shards/{n:05d}.tar", members)
-    with pytest.raises(ValueError, match="picture.* the key '7'"): clean(tmp_path)
+    with pytest.raises(ValueError, match=r"0000.\.(tar|parquet): .*(key '7'|7\.(png|txt) is there twice)"): clean(tmp_path)
     assert not (tmp_path / "clean/funnel.json").exists()
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from .clean import named_shards, open_sample, read_files, sizes_of
-from .images import square
+from .clean import named_shards, open_sample, sizes_of
+from .images import read_files, square
 from .latents import describe, pack, sha256_of
 
 # %% ../../nbs/33d_data.kept.ipynb #7136021c
