@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,73 @@ def test_what_cannot_be_encoded_is_one_clear_line(samples, shards, autoencoder, 
     with pytest.raises(ValueError, match="no shard 00001.*clean again"): find_jobs(tmp_path / "clean")
     with pytest.raises(SystemExit) as stop: main([str(tmp_path / "nowhere"), str(tmp_path / "z"), "--size", "32"])
     assert stop.value.code == 2 and "nowhere: no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x / 255, lambda x: x], ids=["0 to 1", "0 to 255"])
+def test_unnormalised_input_is_refused(shards, autoencoder, tmp_path, monkeypatch, spoil):
+    "The line that brings pixels to [-1, 1] is missing: no manifest, and nobody can train on what is there"
+    monkeypatch.setattr(latents, "to_float", lambda pixels: spoil(torch.as_tensor(pixels).float()))
+    with pytest.raises(ValueError, match=r"z .delete it.: not fit to train on: .*slope 0.* are its pixels in \[-1, 1\]"):
+        run(Encoding(shards, tmp_path / "z", autoencoder, 64), 2)
+    with pytest.raises(FileNotFoundError): Packed(tmp_path / "z")
+
+
+def test_a_wrong_scale_or_nothing_is_refused(shards, tmp_path):
+    "A scale that is not this autoencoder's, and shards without a picture"
+    other = load_autoencoder(MODEL)
+    other.config = replace(other.config, scale=0.18215)
+    with pytest.raises(ValueError, match="deviation .* is its scale 0.18215"): run(Encoding(shards, tmp_path / "z", other, 64))
+    (tmp_path / "empty").mkdir()
+    with tarfile.open(tmp_path / "empty" / "00000.tar", "w"): pass
+    with pytest.raises(ValueError, match="empty: no pictures"): run(Encoding(tmp_path / "empty", tmp_path / "y", other, 64))
+
+
+def test_a_large_set_is_refused_early(samples, autoencoder, tmp_path, monkeypatch):
+    "After the shard in which the 64th picture is, and that one is not written any more"
+    write_shards([o._replace(key=f"{i}-{o.key}") for i in range(5) for o in samples], tmp_path / "shards", per_shard=24)
+    monkeypatch.setattr(latents, "to_float", lambda pixels: torch.as_tensor(pixels).float() / 255)
+    with pytest.raises(ValueError, match="00002.tar: not fit to train on: .*slope"):
+        encode_share(Encoding(tmp_path / "shards", tmp_path / "z", autoencoder, 32), quiet=True)
+    assert sorted(o.name for o in (tmp_path / "z").glob("*.json")) == ["00000.json", "00001.json"]
+
+
+def test_fault_24_latents_that_are_not_finite_are_refused(shards, samples, tmp_path):
+    "They name the picture, and the shard is not written"
+    for poison in (float("nan"), 1e9):
+        net = load_autoencoder(MODEL).eval()
+        net.quant.bias.data[0] = poison
+        with pytest.raises(ValueError, match=f"the latents of '{samples[0].key}' are not finite"):
+            run(Encoding(shards, tmp_path / "z", net, 32))
+        assert not list((tmp_path / "z").iterdir())
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from sd_nb.data.encode import main
+held = next(int(o.split()[1]) for o in Path("/proc/self/status").read_text().splitlines() if o.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[1]) * 2**20,) * 2)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
+def test_fault_34_out_of_memory_leaves_nothing_corrupt(samples, autoencoder, tmp_path):
+    "What is finished stays, one line says what to do, and with more memory the same command goes on to the same bytes"
+    for name, part in (("a", samples[:1]), ("b", samples[1:])): write_shards(part, tmp_path / name, per_shard=24)
+    (tmp_path / "shards").mkdir()
+    for i, name in enumerate("ab"): (tmp_path / name / "00000.tar").rename(tmp_path / "shards" / f"0000{i}.tar")
+    args = (tmp_path / "shards", tmp_path / "z", "--size", 256, "--batch", 24)
+    starved = command("-c", LIMITED, 400, *args)
+    said = starved.communicate(timeout=300)[0]
+    assert starved.returncode == 2 and said.count("\n") == 1, said
+    assert "error: out of memory with batches of 24: finished shards stay, a smaller --batch goes on" in said
+    assert sorted(o.name for o in (tmp_path / "z").iterdir()) == ["00000.json", "00000.npy", "00000.parquet"]
+    fed = command(*ENCODE, *args)
+    assert fed.wait(timeout=300) == 0
+    run(Encoding(tmp_path / "shards", tmp_path / "whole", autoencoder, 256, batch=24))
+    assert contents(tmp_path / "z") == contents(tmp_path / "whole")
 
 
 def test_fault_23_another_encoder_resolution_scale_or_flip_is_refused(shards, autoencoder, whole):
