@@ -125,6 +125,7 @@ class Web:
             first = await asyncio.start_server(self._visit, PUBLIC, 0)
             self.port = first.sockets[0].getsockname()[1]
             return first, await asyncio.start_server(self._visit, PRIVATE, self.port)
+        asyncio.set_event_loop(self.loop)
         servers = self.loop.run_until_complete(start())
         ready.set()
         self.loop.run_forever()
@@ -141,7 +142,7 @@ class Web:
             self.hits[path] += 1
             self.asked.append((writer.get_extra_info("sockname")[0], path))
             await self._answer(path, writer)
-        except (ConnectionError, asyncio.IncompleteReadError): pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError): pass
         finally: writer.close()
 
     async def _answer(self, path, writer):
