@@ -20,6 +20,7 @@ from torch import nn
 from .. import interop, viz
 from ..config import PROMPTS, Config
 from ..data.emoji import embedded
+from ..data.kept import is_clean, pack_clean
 from ..data.latents import pack_latents, pack_pixels, sample_latents, to_float, unit_scale
 from ..data.loader import Packed
 from ..model.autoencoder import Autoencoder, autoencoder_loss
@@ -38,7 +39,8 @@ def packed_pixels(
 ) -> Packed:  # `(n, 3, size, size)` uint8 with captions
     "Open the run's pictures, packed on first use"
     directory = config.run / "cache" / "pixels"
-    if is_main(world): pack_pixels(config.data or embedded(), directory, config.size)
+    data = config.data or embedded()
+    if is_main(world): (pack_clean if is_clean(data) else pack_pixels)(data, directory, config.size)
     barrier()
     return Packed(directory)
 
