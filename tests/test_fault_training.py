@@ -1,6 +1,7 @@
 """Faults of training: what comes from outside and at the worst time changes nothing that matters."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,8 @@ import pytest
 import torch
 from toy import ALONE, Toy, config, losses, same
 
+from sd_nb.config import PRESETS
+from sd_nb.data.latents import write_json
 from sd_nb.train.guard import Guard
 from sd_nb.train.trainer import Trainer
 
@@ -135,3 +138,58 @@ def test_fault_32_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
     trainer, seen = Trainer(Toy(), config(tmp_path, precision="bf16"), ALONE), []
     trainer.stage.model[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     assert trainer.fit() and set(seen) == {torch.bfloat16} and {p.dtype for p in trainer.parameters} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory):
+    "A run that was stored after ten of its steps"
+    run = tmp_path_factory.mktemp("changes") / "run"
+    assert Trainer(Toy(), replace(config(run), steps=10), ALONE).fit()
+    return run
+
+
+@pytest.fixture
+def stored(ten_steps, tmp_path): return Path(shutil.copytree(ten_steps, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("change, diff", [
+    (dict(seed=1), "seed 0 -> 1"), (dict(batch=4), "batch 8 -> 4"), (dict(prediction="eps", zero_snr=False), "prediction v -> eps; zero_snr True -> False"),
+    (dict(lr=0.5), "lr 0.01 -> 0.5"), (dict(unet=replace(PRESETS["tiny"].unet, width=32)), "unet.width 64 -> 32"), (dict(huber=0.1), "huber None -> 0.1")])
+def test_fault_08_changed_settings_are_refused_with_a_diff(stored, change, diff):
+    "The message is one line with old and new values, and the run directory stays as it is, byte for byte"
+    before = {p: p.read_bytes() for p in stored.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError) as stop: Trainer(Toy(), replace(config(stored), **change), ALONE).fit()
+    assert diff in str(stop.value) and "\n" not in str(stop.value)
+    assert {p: p.read_bytes() for p in stored.rglob("*") if p.is_file()} == before
+
+
+def test_fault_08_an_allowed_learning_rate_takes_effect(stored):
+    "With --allow-changes the run goes on at the new rate, and the log says what has changed and when"
+    trainer = Trainer(Toy(), replace(config(stored), lr=0.002, weight_decay=0.5, allow_changes=True), ALONE)
+    with pytest.warns(UserWarning, match="goes on at step 10 with other settings: .*lr 0.01 -> 0.002"): assert trainer.fit()
+    rows = [json.loads(line) for line in open(stored / "metrics.jsonl")]
+    assert [r["lr"] for r in rows if r["step"] == 10 and "lr" in r] == [0.01] and {r["lr"] for r in rows if r["step"] > 10} == {0.002}
+    said = [(r["step"], sorted(r["changed"].split("; "))) for r in rows if "changed" in r]
+    assert said == [(10, ["lr 0.01 -> 0.002", "weight_decay 0.01 -> 0.5"])]
+    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.5, 0.0]
+    again = Trainer(Toy(), replace(config(stored), lr=0.002, weight_decay=0.5, steps=22), ALONE)
+    assert again.fit()  # the new settings are the run's settings now
+
+
+def test_fault_08_no_permission_fits_another_network(stored):
+    "A network of another shape is refused even when changes are allowed"
+    other = replace(config(stored), unet=replace(PRESETS["tiny"].unet, width=32), allow_changes=True)
+    with pytest.raises(ValueError, match="another shape .unet.width 64 -> 32"): Trainer(Toy(), other, ALONE).fit()
+
+
+def test_fault_08_what_is_free_may_change(stored):
+    "Pieces, speed and the places of things are no other run, and a setting that the stored run does not know is at its default"
+    for path in (stored / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        for name in ("huber", "allow_changes", "timesteps"): del state["settings"][name]
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        manifest["files"]["state.json"] = write_json(path / "state.json", state)
+        write_json(path / "MANIFEST.json", manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Trainer(Toy(), replace(config(stored), accumulate=2, channels_last=True, checkpointing=True, log_every=2), ALONE).fit()
