@@ -5,30 +5,11 @@ import pytest
 import torch
 from few import small_config
 from torch import nn
-from toy import ALONE
+from toy import ALONE, Denoiser
 
 from sd_nb.config import Recipe
-from sd_nb.diffusion.noise import NoiseSchedule
 from sd_nb.model.resblock import ResBlock
-from sd_nb.train.denoising import DenoisingLoss
 from sd_nb.train.trainer import Trainer
-
-
-class Denoiser:
-    "The UNet on random latents and words, without the rest of the model"
-    name, count = "unet", 40
-
-    def __init__(self, config):
-        torch.manual_seed(0)
-        self.model = config.family.network(config.unet)
-        self.net = DenoisingLoss(self.model, config, NoiseSchedule())
-        self.latents, self.words = torch.randn(40, 4, 8, 8), torch.randn(40, 5, config.unet.d_context)
-
-    def batch(self, rows, draws):
-        return self.latents[rows], draws.normal(4, 8, 8), draws.integers(1000), self.words[rows]
-
-    def preview(self, path): path.touch()
-    def export(self, directory): directory.mkdir(parents=True, exist_ok=True)
 
 
 def trained(run, steps=8, **changes):
