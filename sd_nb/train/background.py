@@ -61,5 +61,5 @@ class Saver:
         try: self.wait()
         except Exception as failure:
             if kind is None: raise
-            warnings.warn(f"and the last checkpoint was not written: {failure}")
+            warnings.warn(f"the last checkpoint was not written: {failure}")
         finally: self.pool.shutdown()
