@@ -5,35 +5,16 @@ import pytest
 import torch
 from few import small_config
 from torch import nn
-from toy import ALONE
+from toy import ALONE, Denoiser
 
 from sd_nb.config import Recipe
-from sd_nb.diffusion.noise import NoiseSchedule
 from sd_nb.model.resblock import ResBlock
-from sd_nb.train.denoising import DenoisingLoss
 from sd_nb.train.trainer import Trainer
-
-
-class Denoiser:
-    "The UNet on random latents and words, without the rest of the model"
-    name, count = "unet", 40
-
-    def __init__(self, config):
-        torch.manual_seed(0)
-        self.model = config.family.network(config.unet)
-        self.net = DenoisingLoss(self.model, config, NoiseSchedule())
-        self.latents, self.words = torch.randn(40, 4, 8, 8), torch.randn(40, 5, config.unet.d_context)
-
-    def batch(self, rows, draws):
-        return self.latents[rows], draws.normal(4, 8, 8), draws.integers(1000), self.words[rows]
-
-    def preview(self, path): path.touch()
-    def export(self, directory): directory.mkdir(parents=True, exist_ok=True)
 
 
 def trained(run, steps=8, **changes):
     "The losses of a few steps with these switches, and the trainer"
-    config = small_config(run=run, recipes=dict(unet=Recipe(steps, 4, 1e-3, 1.0)), **changes)
+    config = replace(small_config(run=run, recipes=dict(unet=Recipe(steps, 4, 1e-3, 1.0))), **changes)
     trainer = Trainer(Denoiser(config), config, ALONE)
     run.mkdir(parents=True, exist_ok=True)
     losses = []
@@ -47,11 +28,21 @@ def trained(run, steps=8, **changes):
 def plain(tmp_path_factory): return trained(tmp_path_factory.mktemp("plain"))[0]
 
 
-@pytest.mark.parametrize("switch", ["channels_last", "checkpointing", pytest.param("compile", marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("switch", ["channels_last", "checkpointing"])
 def test_a_switch_changes_no_loss(tmp_path, plain, switch):
     "Eight steps of the UNet: every loss within 1e-5 of the plain loop's, while they fall by far more"
     losses, _ = trained(tmp_path, **{switch: True})
     assert losses == pytest.approx(plain, abs=1e-5) and len(set(plain)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiling_changes_no_loss(tmp_path):
+    "A UNet of one level, compiled for three steps"
+    small = replace(small_config().unet, mults=(1,), attn=(True,))
+    runs = {c: trained(tmp_path / str(c), steps=3, unet=small, compile=c) for c in (False, True)}
+    assert runs[True][0] == pytest.approx(runs[False][0], abs=1e-5) and len(set(runs[False][0])) == 3
+    assert runs[True][1].stage.net._compiled_call_impl is not None
 
 
 def test_all_switches_at_once(tmp_path, plain):

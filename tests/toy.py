@@ -1,4 +1,4 @@
-"""The smallest stage that the loop can train, its config, and what two runs are compared by."""
+"""The smallest stages that the loop can train, their config, and what two runs are compared by."""
 import json
 from dataclasses import replace
 
@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from sd_nb.config import PRESETS, Recipe
+from sd_nb.diffusion.noise import NoiseSchedule
+from sd_nb.train.denoising import DenoisingLoss
 from sd_nb.train.parallel import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -33,6 +35,25 @@ class Toy:
     def batch(self, rows, draws):
         self.at_step(self.steps); self.steps += 1
         return self.x[rows], self.x[rows][:, :2].sin() + 0.1 * draws.normal(2)
+
+    def preview(self, path): path.touch()
+    def export(self, directory): directory.mkdir(parents=True, exist_ok=True)
+
+
+class Denoiser:
+    "The UNet on random latents and words, without the rest of the model"
+    name, count = "unet", 40
+
+    def __init__(self, config):
+        torch.manual_seed(0)
+        self.model = config.family.network(config.unet)
+        self.net = DenoisingLoss(self.model, config, NoiseSchedule())
+        self.latents, self.words = torch.randn(40, 4, 8, 8), torch.randn(40, 5, config.unet.d_context)
+
+    def keys(self, rows): return [f"latent {row}" for row in rows]
+
+    def batch(self, rows, draws):
+        return self.latents[rows], draws.normal(4, 8, 8), draws.integers(1000), self.words[rows]
 
     def preview(self, path): path.touch()
     def export(self, directory): directory.mkdir(parents=True, exist_ok=True)

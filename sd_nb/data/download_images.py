@@ -211,7 +211,7 @@ class DownloadImages:
         "Check, fetch what is not there yet, write the funnel"
         table, rules = self.check(), self.rules()
         before = read_funnel(self.source if self.source.is_dir() else self.source.parent)
-        bar = tqdm(total=table.count, desc="download", unit=" rows", disable=not progress)
+        bar = tqdm(total=table.count, desc="download", unit=" images", disable=not progress)
         with only_one(self.out), bar, ThreadPoolExecutor(self.threads) as pool:
             async with open_session(rules, self.connections, self.per_host) as session:
                 slots = asyncio.Semaphore(self.connections)
@@ -285,7 +285,7 @@ async def fill(self: DownloadImages, table: Table, downloader: Downloader, bar: 
         for reason, n in stats["status_dict"].items():
             if reason != "success": tally.drop(reason, n)
         bar.update(0 if new else stats["count"])
-        bar.set_postfix(pictures=f"{tally.kept:,}")
+        bar.set_postfix(kept=f"{tally.kept:,}")
 
     async def work(item):
         try: return await downloader.get(item[1]["url"])

@@ -57,11 +57,11 @@ def read_funnel(
     "Read what the steps before this one kept and dropped"
     path = Path(directory) / "funnel.json"
     try: entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return []
-    except ValueError as error: raise ValueError(f"{path}: not JSON ({error}); run the step that wrote it again") from None
+    except (FileNotFoundError, NotADirectoryError): return []
+    except ValueError as error: raise ValueError(f"{path}: not JSON ({error}); run its step again") from None
     try: return [check_entry(entry) for entry in entries]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a list of step, asked, kept and dropped; run the step that wrote it again") from None
+        raise ValueError(f"{path}: not a list of step, asked, kept and dropped; run its step again") from None
 
 def write_funnel(
     directory: str | Path,  # of a step, which exists
@@ -71,7 +71,7 @@ def write_funnel(
     write_json(Path(directory) / "funnel.json", [check_entry(entry) for entry in entries])
 
 # %% ../../nbs/32a_data.funnel.ipynb #0eee6b82
-SHADES = ("#d2691e", "#e08a4b", "#eaa878", "#f1c4a3", "#f6dbc8", "#f9e8dc")  # of what was dropped, the largest part first
+SHADES = ("#d2691e", "#e08a4b", "#eaa878", "#f1c4a3", "#f6dbc8", "#f9e8dc")  # of what was dropped, largest first
 
 def _plain(text, width: int = 118) -> str:
     "Spell a text so that any font can show it, in lines of at most `width` letters"
@@ -109,8 +109,8 @@ def draw_funnel(
     return fig
 
 # %% ../../nbs/32a_data.funnel.ipynb #04f2ff91
-SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"), (1e8, "10M<n<100M"),
-         (1e9, "100M<n<1B"), (1e10, "1B<n<10B")]  # the Hub's own words for how large a data set is
+SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"),
+         (1e8, "10M<n<100M"), (1e9, "100M<n<1B"), (1e10, "1B<n<10B")]  # the Hub's own words for how large a data set is
 
 def _head(name: str, license: str, kept: int) -> str:
     "Write what the Hub reads: licence, task, size"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
+from fastcore.basics import patch
 
 from .latents import broken_files, read_manifest
 
@@ -114,18 +115,21 @@ class Packed(Shards):
         "What each sample shows"
         return self.meta["caption"].to_pylist()
 
+    def splits(self) -> dict[str, np.ndarray]:  # name -> places of its samples
+        "Say which splits there are, without reading a caption"
+        column = self.table(["split"])["split"].unify_dictionaries().combine_chunks()
+        names, numbers = column.dictionary.to_pylist(), np.from_dlpack(column.indices)
+        return {names[i]: np.flatnonzero(numbers == i) for i in np.unique(numbers)}
+
     def select(
         self,
         split: str | None,  # "train", "held_out", ...; None: all
     ) -> "Packed":
         "Keep one split: a shorter array over the same files"
         if split is None: return self
-        column = self.table(["split"])["split"].unify_dictionaries().combine_chunks()  # not the captions
-        names, numbers = np.array(column.dictionary.to_pylist(), object), np.from_dlpack(column.indices)
-        rows = np.flatnonzero((names == split)[numbers])
-        if len(rows): return Packed(self.directory, rows=rows if self.rows is None else self.rows[rows])
-        there = ", ".join(sorted(names[np.unique(numbers)]))
-        raise ValueError(f"{self.directory}: no split {split!r}; it has {there or 'nothing'}")
+        if (rows := (splits := self.splits()).get(split)) is not None:
+            return Packed(self.directory, rows=rows if self.rows is None else self.rows[rows])
+        raise ValueError(f"{self.directory}: no split {split!r}; it has {', '.join(sorted(splits)) or 'nothing'}")
 
 # %% ../../nbs/35_data.loader.ipynb #2e14d7de
 def mix(
@@ -178,6 +182,17 @@ def batch_indices(
     if n < 1 or batch < 1: raise ValueError(f"cannot draw batches of {batch} from {n} samples")
     stream = step * batch + np.arange(batch)
     return shuffled(stream % n, stream // n, n, seed)
+
+# %% ../../nbs/35_data.loader.ipynb #8af3fb95
+@patch
+def draw(
+    self: Shards,
+    step: int,    # which step of the run, from 0
+    batch: int,   # samples in a step, over all processes
+    seed: int,    # of the run
+) -> np.ndarray:  # `(batch,)` int64
+    "Say which samples a step trains on"
+    return batch_indices(step, len(self), batch, seed)
 
 # %% ../../nbs/35_data.loader.ipynb #3595df52
 def rank_slice(

@@ -57,7 +57,8 @@ def block_pattern(
     "Build one pattern for all blocked words"
     try: lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error: raise ValueError(f"{path}: not a text in UTF-8 ({error.reason})") from None
-    words = {unicodedata.normalize("NFC", " ".join(line.split())) for line in lines if line.strip() and line.strip()[0] != "#"}
+    plain = [unicodedata.normalize("NFC", " ".join(line.split())) for line in lines]
+    words = {word for word in plain if word and word[0] != "#"}
     if not words: raise ValueError(f"{path}: no words in it; one word or phrase a line is expected")
     either = "|".join(r"[\s\p{Z}]+".join(map(re.escape, word.split(" "))) for word in sorted(words))
     return rf"(?:^|[^{LETTER}])(?:{either})(?:$|[^{LETTER}])"
@@ -69,7 +70,8 @@ CREATE TEMP MACRO without_frills(u) AS
 CREATE TEMP MACRO host(u) AS regexp_extract(u, '^[^/?]*');
 CREATE TEMP MACRO after_host(u) AS regexp_extract(u, '^[^/?]*(.*)$', 1, 's');
 CREATE TEMP MACRO same_address(u) AS
-    regexp_replace(lower(host(u)), ':(80|443)$', '') || CASE WHEN after_host(u)[1] = '/' THEN '' ELSE '/' END || after_host(u);
+    regexp_replace(lower(host(u)), ':(80|443)$', '')
+    || CASE WHEN after_host(u)[1] = '/' THEN '' ELSE '/' END || after_host(u);
 CREATE TEMP MACRO url_key(u) AS same_address(without_frills(u));
 CREATE TEMP MACRO caption_key(c) AS trim(lower(regexp_replace(nfc_normalize(c), '[\s\p{Z}]+', ' ', 'g')));
 """

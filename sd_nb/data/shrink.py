@@ -51,7 +51,7 @@ def shrink(
     short = min(image.size)
     side = min(size, short)
     aim = (side, side) if mode == "center_crop" else tuple(round(length * side / short) for length in image.size)
-    image.draft(None, tuple(2 * round(length * side / short) for length in image.size))
+    image.draft(None, tuple(round(1.5 * length * side / short) for length in image.size))
     image.load()
     if image.mode.startswith("I"): image = image.convert("I").point(lambda value: value / 257).convert("L")
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")

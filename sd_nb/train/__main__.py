@@ -10,6 +10,7 @@ import json
 import sys
 
 from ..config import Config, config_from_args, count_parameters, one_line_errors
+from .guard import STOPPED
 from .parallel import is_main, world
 from .stages import minutes_of, stages_to_train, train
 
@@ -39,7 +40,7 @@ def main(
         with world() as w:
             complete = train(config, w)
             if is_main(w): print(f"{'complete' if complete else 'stopped; the same command resumes'}: {config.run}")
-        return 0 if complete else 130
+        return 0 if complete else STOPPED
 
 # %% ../../nbs/45_train.__main__.ipynb #451c42aa
 if __name__ == "__main__" and __spec__ is not None: sys.exit(main())  # a notebook has no spec

@@ -37,6 +37,10 @@ class Average:
         "List the network's own parameters and buffers by name"
         return self.model.state_dict(keep_vars=True)
 
+    def decay_now(self, step: int) -> float:
+        "Share of the old average that is kept at this step"
+        return decay_at(step, self.decay, self.warmup)
+
     @torch.no_grad()
     def update(
         self,
@@ -45,7 +49,7 @@ class Average:
         "Move the average towards the live weights: shadow += (1 - decay) * (live - shadow)"
         pairs = [(self.shadow[name], tensor.detach()) for name, tensor in self.live().items()]
         floats = [(s, t) for s, t in pairs if s.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*floats)), 1 - decay_at(step, self.decay, self.warmup))
+        torch._foreach_lerp_(*map(list, zip(*floats)), 1 - self.decay_now(step))
         for s, t in pairs:
             if not s.is_floating_point(): s.copy_(t)  # counters have no average
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import viz
-from ..config import Config, refuse_changes
+from ..config import Config
 from ..data.loader import batch_indices, rank_slice
 from . import checkpoint, speed
+from .changes import refuse_changes
 from .ema import EMA
 from .guard import Guard, stop_requested
 from .parallel import World, agree, barrier, is_main, mean_over_ranks, wrap
@@ -180,13 +181,26 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     newest = checkpoint.latest(self.directory / "checkpoints")
     if newest is None: return False
     parts, state = checkpoint.load(newest, verify=False)  # `latest` has just done it
-    refuse_changes(state["settings"], self.settings(), self.directory)
+    diff = refuse_changes(state["settings"], self.settings(), self.directory, self.config.allow_changes)
     self.stage.model.load_state_dict(parts["model"])
     self.ema.load_state_dict(parts["ema"])
+    decays = [group["weight_decay"] for group in self.optimizer.param_groups]
     checkpoint.restore_optimizer(self.optimizer, self.stage.model, parts["optimizer"], state["optimizer"])
+    for group, decay in zip(self.optimizer.param_groups, decays): group["weight_decay"] = decay  # the config's, if new
     self.step, self.seconds, self.guard.bad = state["step"], state["seconds"], state.get("bad", 0)
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
+    if diff: self.note_changes(diff)
     return True
+
+
+@patch
+def note_changes(
+    self: Trainer,
+    diff: str  # as `refuse_changes` returns it
+):
+    "Say what is different from now on, and leave it in the log"
+    warnings.warn(f"{self.directory} goes on at step {self.step} with other settings: {diff}")
+    self.append(dict(step=self.step, changed=diff))
 
 # %% ../../nbs/43_train.trainer.ipynb #18130108
 @patch
