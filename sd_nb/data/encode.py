@@ -22,10 +22,12 @@ import tyro
 from tqdm import tqdm
 
 from ..config import one_line_errors, parse
+from .funnel import Tally, read_funnel, write_funnel
 from .gate import ENOUGH, gate, latent_sums, pixel_sums
 from .images import crop, find_shards, read_shard
+from .kept import is_clean, read_clean
 from .latents import (
-    _check_finite, _encode, _encoder_fingerprint, _expected, _finished, broken_files, describe, sha256_of, write_json,
+    _check_finite, _encode, _encoder_fingerprint, _expected, _finished, broken_files, describe, sha256_of,
     write_manifest, write_packed)
 from ..interop import load_autoencoder
 from ..model.autoencoder import Autoencoder
@@ -52,13 +54,8 @@ def find_jobs(
     source: str | Path,  # a directory of shards, or what `sd-nb data clean` made of one
 ) -> list[Job]:          # in order of name
     "List what there is to encode"
-    source = Path(source); note = source / "clean.json"
-    if not note.is_file(): return [Job(f"{i:05d}", o, None) for i, o in enumerate(find_shards(source))]
-    shards = Path(json.loads(note.read_text(encoding="utf-8"))["source"])
-    paths, tables = {o.name.partition(".")[0]: o for o in find_shards(shards)}, sorted(source.glob("*.parquet"))
-    if gone := [o.stem for o in tables if o.stem not in paths]:
-        raise ValueError(f"{shards}: no shard {gone[0]}, from which {source} was made; bring it back or clean again")
-    return [Job(f"{i:05d}", paths[o.stem], o) for i, o in enumerate(tables)]
+    pairs = read_clean(source) if is_clean(source) else [(o, None) for o in find_shards(source)]
+    return [Job(f"{i:05d}", path, table) for i, (path, table) in enumerate(pairs)]
 
 # %% ../../nbs/34b_data.encode.ipynb #c3b5eb1f
 def read_job(
@@ -231,9 +228,8 @@ def gather(
     found = gate(total, encoding.scale, f"{encoding.out} (delete it)")
     manifests = [write_manifest(place, fingerprint, receipts[shape], scale=encoding.scale, statistics=found)
                  for shape, (place, fingerprint) in encoding.places.items()]
-    pictures, before = total["count"] // (1 + encoding.flip), encoding.source / "funnel.json"
-    steps = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else []
-    write_json(encoding.out / "funnel.json", [*steps, dict(step="encode", asked=pictures, kept=pictures, dropped={})])
+    (tally := Tally("encode")).keep(total["count"] // (1 + encoding.flip))
+    write_funnel(encoding.out, [*read_funnel(encoding.source), tally.entry()])
     return manifests
 
 # %% ../../nbs/34b_data.encode.ipynb #13e134a7
@@ -267,7 +263,8 @@ class Encode:
             raise ValueError(f"out of memory with batches of {self.batch}: finished shards stay, a smaller --batch goes on") from error
         if rank: return 0
         wait_for_others(encoding, self.minutes)
-        for o in gather(encoding): print(f"{o['count']:,} latents {tuple(o['shape'])}, statistics {o['statistics']}")
+        for o in gather(encoding):
+            print(f"{o['count']:,} latents {tuple(o['shape'])}:", ", ".join(f"{k} {v:.2f}" for k, v in o["statistics"].items()))
         return 0
 
 def main(

@@ -34,7 +34,8 @@ def read_clean(
         raise FileNotFoundError(f"{directory}: no cleaned data set, or cleaning was interrupted (the same command finishes it)")
     made = json.loads((directory / "clean.json").read_text(encoding="utf-8"))
     shards = named_shards(made["source"])
-    if sizes_of(shards) != made["shards"]: raise ValueError(f"{made['source']}: its shards have changed; clean them anew")
+    if other := sorted(name for name, _ in sizes_of(shards).items() ^ made["shards"].items()):
+        raise ValueError(f"{made['source']}: shard {other[0]} is not the one that was cleaned; clean anew")
     return [(path, directory / f"{name}.parquet") for name, path in shards.items()]
 
 def read_kept(
