@@ -74,6 +74,7 @@ class Config:
     keep: int = 2  # newest checkpoints that are kept
     keep_every: int = 0  # steps between checkpoints that are kept for good; 0: none is
     timeout: float = 10.0  # minutes that processes wait for one that has fallen silent
+    logs: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: tensorboard, wandb, trackio
     init_from: Path | None = None  # model directory to start from: its networks are taken instead of random ones
     dry_run: bool = False  # print the resolved config and the parameter counts, and stop
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU that has it

@@ -13,7 +13,7 @@ from sd_nb.diffusion.objective import KINDS, denoising_loss, target
 from sd_nb.train import checkpoint
 from sd_nb.train.doctor import Doctor, Patient, diagnose, open_patient, preset_of, read_config
 from sd_nb.train.parallel import World
-from sd_nb.train.stages import train
+from sd_nb.train.run import train
 from sd_nb.train.symptoms import (
     EARLY, band, birth_of_nan, check_band, check_latents, check_levels, check_moved, check_noise_scale, gaussian_floor,
     measure_noise_scale)

@@ -20,6 +20,7 @@ from sd_nb.data.latents import write_json
 from sd_nb.train import guard
 from sd_nb.train.guard import Guard
 from sd_nb.train.trainer import Trainer
+from sd_nb.train.watch import Lines
 
 
 def state_of(trainer):
@@ -45,7 +46,7 @@ class Spoiled(Toy):
 def test_fault_11_a_bad_step_changes_nothing(tmp_path, how):
     "Weights, moments and EMA are bitwise those of before; the keys of the batch are logged; the next step trains on"
     trainer = Trainer(Spoiled(how, {6}), config(tmp_path), ALONE)
-    trainer.directory.mkdir(parents=True, exist_ok=True)
+    trainer.logs = Lines(tmp_path)
     for _ in range(6): trainer.step_once()
     before = state_of(trainer)
     with pytest.warns(UserWarning, match="step 7 was skipped"): trainer.step_once()

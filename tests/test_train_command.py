@@ -16,7 +16,7 @@ from sd_nb.config import config_from_args
 from sd_nb.pipeline import StableDiffusion
 from sd_nb.train.__main__ import main
 from sd_nb.train.parallel import World
-from sd_nb.train.stages import is_exported, minutes_of, stages_to_train, train
+from sd_nb.train.run import is_exported, minutes_of, stages_to_train, train
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

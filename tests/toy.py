@@ -22,7 +22,7 @@ class Net(nn.Module):
 
 class Toy:
     "A small network on random numbers; `at_step` is called before each batch"
-    name, count = "unet", 40
+    name, count, held = "unet", 40, None
 
     def __init__(self, at_step=lambda step: None):
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ class Toy:
 
 class Denoiser:
     "The UNet on random latents and words, without the rest of the model"
-    name, count = "unet", 40
+    name, count, held = "unet", 40, None
 
     def __init__(self, config):
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ class Denoiser:
 
 def config(run, **changes):
     recipes = dict(unet=Recipe(steps=20, batch=8, lr=0.01, share=1.0))
-    return replace(PRESETS["tiny"], run=run, recipes=recipes, warmup=4, log_every=1, save_every=5, sample_every=1000, **changes)
+    return replace(PRESETS["tiny"], run=run, recipes=recipes, warmup=4, log_every=1, save_every=5, sample_every=1000, logs=(), **changes)
 
 
 def losses(run): return [json.loads(line)["loss"] for line in open(run / "metrics.jsonl")]

@@ -9,12 +9,14 @@ __all__ = ['describe', 'main']
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 from ..config import Config, config_from_args, count_parameters, one_line_errors
 from .budget import budget
 from .guard import STOPPED
 from .parallel import is_main, world
-from .stages import minutes_of, stages_to_train, train
+from .place import run_lock
+from .run import minutes_of, stages_to_train, train
 
 # %% ../../nbs/45_train.__main__.ipynb #c8589931
 def describe(
@@ -40,7 +42,7 @@ def main(
         if config.dry_run:
             if os.environ.get("RANK", "0") == "0": print(describe(config))
             return 0
-        with world() as w:
+        with world(config.timeout) as w, run_lock(config.run) if is_main(w) else nullcontext():
             complete = train(config, w)
             if is_main(w): print(f"{'complete' if complete else 'stopped; the same command resumes'}: {config.run}")
         return 0 if complete else STOPPED

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
@@ -30,6 +29,7 @@ from .parallel import World, agree, barrier, is_main, wrap
 from .place import check_place
 from .record import Window, rewind_metrics
 from .step import Draws, add_up, learning_rate, make_optimizer
+from .watch import HeldOut, Log, Speed, watch_run
 
 # %% ../../nbs/43_train.trainer.ipynb #855dcd7a
 class Stage(Protocol):
@@ -38,6 +38,7 @@ class Stage(Protocol):
     model: nn.Module  # the network whose weights are trained and averaged
     net: nn.Module  # called with a batch; returns the loss and a dict of metrics, per picture or as scalars
     count: int  # number of training pictures
+    held: HeldOut | None  # measures `model` on pictures that are not trained on
 
     def keys(self, rows: np.ndarray) -> list[str]: "Return the keys of these pictures in the data set"
     def batch(self, rows: np.ndarray, draws: Draws) -> tuple: "Return the arguments of `net` for these pictures"
@@ -52,7 +53,8 @@ class Trainer:
         stage: Stage,  # the network and its data
         config: Config,  # the run
         world: World,  # the processes
-        minutes: float | None = None  # training time of this stage, over all its starts
+        minutes: float | None = None,  # training time of this stage, over all its starts
+        flops: int = 0  # floating-point operations of a step, for one picture; 0: unknown
     ):
         self.stage, self.config, self.world, self.minutes = stage, config, world, minutes
         self.recipe = config.recipe(stage.name)
@@ -66,8 +68,8 @@ class Trainer:
         self.parameters = [p for p in stage.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(stage.model, config.weight_decay)
         self.ema, self.saver = EMA(stage.model, config.ema), Saver(self.directory / "checkpoints", config.keep, config.keep_every)
-        self.guard, self.window = Guard(config.bad_steps), Window()
-        self.step, self.seconds = 0, 0.0
+        self.guard, self.window, self.logs, self.speed = Guard(config.bad_steps), Window(), Log(), Speed(flops)
+        self.step, self.seconds, self.changed = 0, 0.0, ""
 
 # %% ../../nbs/43_train.trainer.ipynb #48063f61
 @patch
@@ -107,19 +109,9 @@ def skip(
 ):
     "Log the pictures of a bad step, and stop the run after too many in a row"
     keys = list(self.stage.keys(rows))
-    self.append(dict(step=self.step, skipped="loss or gradient not finite", keys=keys))
+    self.logs.log(dict(step=self.step, skipped="loss or gradient not finite", keys=keys))
     warnings.warn(f"step {self.step} was skipped, its loss or gradient is not finite: {', '.join(keys[:4])}, ...")
     self.guard.give_up(self.step)
-
-
-@patch
-def append(
-    self: Trainer,
-    row: dict  # JSON-ready
-):
-    "Append a row to `metrics.jsonl` (main process)"
-    if not is_main(self.world): return
-    with open(self.directory / "metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/43_train.trainer.ipynb #c7efc9b0
 @patch
@@ -156,28 +148,26 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     for group, decay in zip(self.optimizer.param_groups, decays): group["weight_decay"] = decay  # the config's, if new
     self.step, self.seconds, self.guard.bad = state["step"], state["seconds"], state.get("bad", 0)
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
-    if diff: self.note_changes(diff)
+    self.changed = diff
     return True
-
-
-@patch
-def note_changes(
-    self: Trainer,
-    diff: str  # as `refuse_changes` returns it
-):
-    "Say what is different from now on, and leave it in the log"
-    warnings.warn(f"{self.directory} goes on at step {self.step} with other settings: {diff}")
-    self.append(dict(step=self.step, changed=diff))
 
 # %% ../../nbs/43_train.trainer.ipynb #18130108
 @patch
 def log(self: Trainer) -> dict:  # the row
-    "Append a row to `metrics.jsonl`"
+    "Tell the logs about the steps since the last row"
     means, images = self.window.flush(), self.step * self.recipe.batch
-    row = dict(step=self.step, images=images, lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 2),
-               images_per_second=round(images / max(self.seconds, 1e-9), 2), **means)
-    self.append(row)
+    row = dict(step=self.step, images=images, lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 2))
+    row |= self.speed.flush() | means
+    if self.stage.held and is_main(self.world) and self.shows():
+        with self.ema.swapped(): row |= self.stage.held(self.stage.model)
+    self.logs.log(row)
     return row
+
+
+@patch
+def shows(self: Trainer) -> bool:
+    "Return whether it is time for pictures and the held-out loss"
+    return self.step % self.config.sample_every == 0 or self.step == self.recipe.steps
 
 
 @patch
@@ -187,6 +177,7 @@ def sample(self: Trainer):
         path = self.directory / "samples" / f"step-{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.ema.swapped(): self.stage.preview(path)
+        self.logs.picture(self.step, path)
     barrier()
 
 # %% ../../nbs/43_train.trainer.ipynb #d4fd3a77
@@ -229,22 +220,28 @@ def tick(self: Trainer, bar: tqdm):
     began, c = time.monotonic(), self.config
     self.saver.check()
     self.step_once()
-    self.seconds += time.monotonic() - began
+    took = time.monotonic() - began
+    self.seconds += took
+    self.speed.add(self.recipe.batch, took)
     bar.update((min(round(self.seconds), bar.total) if self.minutes else self.step) - bar.n)
     if self.step % c.log_every == 0:
         row = dict(loss=float("nan")) | self.log()  # no loss: all steps since the last row were skipped
-        bar.set_postfix_str(f"step {self.step}, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s")
+        bar.set_postfix_str(f"step {self.step}, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s, {row['tflops']:.3g} TFLOP/s")
     if self.step % c.save_every == 0: self.save()
     if self.step % c.sample_every == 0: self.sample()
 
 # %% ../../nbs/43_train.trainer.ipynb #49bc4ea9
 @patch
 def prepare(self: Trainer):
-    "Check that there is room for checkpoints, and write `config.json` (main process)"
+    "Check that there is room for checkpoints, write `config.json`, open the logs (main process)"
     if not is_main(self.world): return
     parts, _ = self.state()
     check_place(self.saver.directory, checkpoint.bytes_of(parts))
     (self.directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2))
+    self.logs = watch_run(self.directory, self.step, self.config.logs, self.config.to_dict())
+    if self.changed:
+        warnings.warn(f"{self.directory} goes on at step {self.step} with other settings: {self.changed}")
+        self.logs.log(dict(step=self.step, changed=self.changed))
 
 # %% ../../nbs/43_train.trainer.ipynb #97aabd1e
 @patch
@@ -259,4 +256,5 @@ def fit(self: Trainer) -> bool:  # whether the stage is complete (False: it was 
             stopped = agree(stop())
         if not stopped: self.sample()
         self.finish(complete=not stopped)
+        self.logs.close()
     return not stopped

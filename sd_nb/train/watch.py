@@ -93,7 +93,7 @@ def hold_out(
     noise = torch.randn(n, c // 2, *side, generator=torch.Generator().manual_seed(0))
     x0 = sample_latents(moments, noise, stage.autoencoder.config.scale).to(stage.device)
     tokens = stage.tokenizer([latents.captions[i] for i in rows]).to(stage.device)
-    return HeldOut(x0, stage.text_encoder(tokens), stage.net.schedule, stage.net.prediction)
+    return HeldOut(x0, stage.text_encoder(tokens), stage.net.schedule, stage.sampling.prediction)
 
 # %% ../../nbs/46_train.watch.ipynb #e68e2316
 class Log:
