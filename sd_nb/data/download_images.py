@@ -11,7 +11,7 @@ import asyncio, fcntl, hashlib, io, json, os, tarfile
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -290,11 +290,11 @@ async def fill(self: DownloadImages, table: Table, downloader: Downloader, bar: 
     async def work(item):
         try: return await downloader.get(item[1]["url"])
         finally: bar.update()
-
-    async for (shard, _), end in in_order(work, self.todo(table, count), self.per_shard):
-        ends.append(end)
-        if len(ends) < len(shard.rows): continue
-        _check_yield(ends, self.min_yield, self.per_shard)
-        count(await asyncio.to_thread(write_shard, self.out, shard, ends, schema), new=True)
-        ends = []
+    async with aclosing(in_order(work, self.todo(table, count), self.per_shard)) as results:  # closed also where a shard raises
+        async for (shard, _), end in results:
+            ends.append(end)
+            if len(ends) < len(shard.rows): continue
+            _check_yield(ends, self.min_yield, self.per_shard)
+            count(await asyncio.to_thread(write_shard, self.out, shard, ends, schema), new=True)
+            ends = []
     return tally.entry()
