@@ -1,6 +1,7 @@
 """Downloading: every row ends as a picture or a counted reason, and a kill at any moment changes no byte."""
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import tarfile
 import time
 from collections import Counter
+from contextlib import aclosing
 from dataclasses import replace
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from sd_nb.config import parse
 from sd_nb.data.download_images import DownloadImages, in_order, shards_of
 from sd_nb.data.funnel import read_funnel, write_funnel
 from sd_nb.data.images import read_shard, read_shards
+from sd_nb.data.latents import HashedFile
 from sd_nb.data.shrink import Shape
 from web import ROBOTS, Web, bad_pictures, pictures
 
@@ -220,9 +223,9 @@ def test_fault_20_memory_is_bounded(web, tmp_path):
     source = write_table(tmp_path / "table", url=[web.url(path) for path in paths], caption=["bomb"] * 100)
     command(write_table(tmp_path / "first", url=[web.url("large.jpg")], caption=["a"]), tmp_path / "warm").run()
     with open("/proc/self/clear_refs", "w") as f: f.write("5")  # forget the peak so far
-    before = peak()
+    before, files = peak(), len(os.listdir("/proc/self/fd"))
     command(source, tmp_path / "out", connections=8, per_host=8, seconds=20).run()
-    assert peak() - before < 100e6
+    assert peak() - before < 100e6 and len(os.listdir("/proc/self/fd")) <= files
     assert read_funnel(tmp_path / "out")[-1]["dropped"] == {"too many pixels": 40, "too many bytes": 40, "broken picture": 20}
 
 
@@ -251,6 +254,7 @@ def test_bad_input_is_one_line(tmp_path, web):
     for run, text in [(command(tmp_path / "empty", tmp_path / "o"), "no .*parquet"), (command(tmp_path / "text", tmp_path / "o"), "not parquet"),
                       (command(mixed, tmp_path / "o"), "columns"), (command(tmp_path / "nowhere", tmp_path / "o"), "nowhere"),
                       (command(write_table(tmp_path / "u", link=["a"]), tmp_path / "o"), "no column caption and url"),
+                      (command(write_table(tmp_path / "t", url=["a"], caption=["b"], key=["c"], source_key=["d"]), tmp_path / "o"), "one name"),
                       (command(good, good), "name another directory"), (command(good, tmp_path / "o", per_shard=0), "--per-shard 0"),
                       (command(good, tmp_path / "o", seconds=float("nan")), "--seconds"),
                       (command(good, tmp_path / "o", shape=Shape(quality=101)), "--quality 101")]:
@@ -266,6 +270,25 @@ def test_a_dead_line_stops_the_run(web, tmp_path):
     assert {"00000.tar", "00000_stats.json"} < set(contents(tmp_path / "out")) and "00001.tar" not in contents(tmp_path / "out")
     assert replace(stopping, min_yield=0).run() == 0
     assert read_funnel(tmp_path / "out")[-1]["dropped"] == {"HTTP 503": 4}
+
+
+def test_fault_04_a_full_disk(web, tmp_path, monkeypatch):
+    """One error, no half file; with room again the same command ends with the same bytes."""
+    run, whole = for_kills(web, tmp_path)
+    run, write, room = replace(run, out=tmp_path / "out"), HashedFile.write, iter(range(9))
+
+    def full(self, data):
+        if next(room, None) is None: raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        return write(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HashedFile, "write", full)
+        with pytest.raises(OSError, match="No space left on device: .*/out/0000[1-3]") as error: run.run()
+    there = set(contents(run.out))
+    assert "00000_stats.json" in there and not {"funnel.json", "00005_stats.json"} & there and not any("partial" in name for name in there)
+    assert str(error.value.filename).split("/")[-1] not in there
+    run.run()
+    assert contents(run.out) == whole
 
 
 def test_private_addresses_need_a_flag(web, tmp_path):
@@ -346,6 +369,23 @@ def test_in_order(naps, ahead):
             assert len(started) < len(taken) + ahead
         assert taken == [(i, 10 * i) for i in range(len(naps))]
     asyncio.run(run())
+
+
+def test_who_stops_taking_stops_all():
+    """What is under way is cancelled, and has ended, when the taker leaves."""
+    ends = []
+
+    async def work(i):
+        try: await asyncio.sleep(0 if i == 0 else 60)
+        finally: ends.append(i)
+
+    async def run():
+        async with aclosing(in_order(work, range(9), ahead=4)) as results:
+            async for _ in results: break
+        return sorted(ends)
+
+    start = time.monotonic()
+    assert asyncio.run(run()) == [0, 1, 2, 3] and time.monotonic() - start < 30
 
 
 @settings(deadline=None)
