@@ -72,6 +72,8 @@ class Config:
     sample_every: int = 1000  # steps between two sample grids
     save_every: int = 1000  # steps between two checkpoints
     keep: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # steps between checkpoints that are kept for good; 0: none is
+    timeout: float = 10.0  # minutes that processes wait for one that has fallen silent
     init_from: Path | None = None  # model directory to start from: its networks are taken instead of random ones
     dry_run: bool = False  # print the resolved config and the parameter counts, and stop
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU that has it
@@ -104,7 +106,7 @@ def to_dict(self: Config) -> dict:  # JSON-ready, paths as strings
 
 # %% ../nbs/00_config.ipynb #bf4b283a
 POSITIVE = ("steps", "batch", "accumulate", "minutes", "lr", "warmup", "gamma", "huber", "bad_steps",
-            "log_every", "sample_every", "save_every", "keep")
+            "log_every", "sample_every", "save_every", "keep", "timeout")
 
 
 def check(
@@ -114,6 +116,7 @@ def check(
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
+    if config.keep_every < 0: raise ValueError(f"--keep-every {config.keep_every} must be 0 or more")
     if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
     if config.accumulate > 1 and config.stage == "clip":
         raise ValueError(f"--accumulate {config.accumulate} would change CLIP's loss, which compares all pictures of a batch")

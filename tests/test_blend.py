@@ -149,7 +149,7 @@ def test_a_split_is_chosen_in_every_set_that_has_it(sets, buckets, tmp_path):
     assert numbers(held[:]) == [0, 5, 0, 5, 10, 0, 5, 10, 15, 20, 25] and held.cards == [1, 2, 3]
     assert len(buckets.select("train")) == 48 - 3 - 1 - 6 - 2 and buckets.select(None) is buckets
     alone = sets[0].select("train")
-    assert Blend([alone, sets[1]], [1, 5]).select("held_out").cards == [1]
+    assert Blend([alone, sets[1], sets[2]], [1, 5, 2]).select("held_out").cards == [5, 2]
     with pytest.raises(ValueError, match="none of the 3 data sets has a split 'test'"): Blend(sets, [1, 2, 3]).select("test")
 
 

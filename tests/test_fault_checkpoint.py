@@ -234,7 +234,7 @@ def test_fault_06_every_flipped_bit_is_noticed(tmp_path):
     files = [o for o in path.iterdir()]
     for file in files:
         raw = file.read_bytes()
-        for at in range(0, len(raw), max(1, len(raw) // 400)):
+        for at in range(0, len(raw), max(1, len(raw) // 150)):
             file.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << int(torch.randint(8, (), generator=g))]) + raw[at + 1:])
             assert broken(path), (file.name, at)
         file.write_bytes(raw)

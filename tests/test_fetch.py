@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 from aiohttp.abc import AbstractResolver
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sd_nb.data.fetch import NotFetched, Rules, fetch, is_public, open_session, opted_out, seconds_of
+from sd_nb.data.fetch import NotFetched, Rules, check_url, fetch, is_public, open_session, opted_out, seconds_of
 from web import PRIVATE, PUBLIC, ROBOTS, Web, bad_pictures, pictures
 
 
@@ -150,6 +152,21 @@ def test_fault_25_robots(web, number, may):
 def test_robots_of_several_headers():
     assert not opted_out([]) and not opted_out(["all", "otherbot: noai"])
     assert opted_out(["otherbot: noai", "noai"]) and opted_out(["all", ""])
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.text(), st.text(alphabet="noai:, *-x"), st.sampled_from(list(ROBOTS))), max_size=3))
+def test_fault_25_robots_never_fail(headers):
+    """Any text is a yes or a no; a no stays one whatever else is said."""
+    assert opted_out(headers) in (True, False)
+    assert opted_out([*headers, "noai"]) and opted_out(["noai", *headers])
+
+
+@settings(deadline=None)
+@given(st.one_of(st.text(), st.text(alphabet="htps:/[].@#?%0a"), st.from_regex(r"https?://\S*", fullmatch=True)), st.sampled_from(["", "http://a/b"]))
+def test_fault_25_any_text_is_an_address_or_none(text, base):
+    try: assert check_url(text, base).scheme in ("http", "https")
+    except NotFetched as failure: assert failure.reason == "bad address"
 
 
 def test_an_honest_name(web):

@@ -107,6 +107,12 @@ def test_fault_16_an_empty_data_set_is_one_clear_line(tmp_path):
     with pytest.raises(IndexError, match="no sample 0: there are 0"): data[[0]]
 
 
+@pytest.mark.parametrize("index", [[0.5], [True, False], 1.0, "a", [None], [slice(2)]])
+def test_an_index_that_is_no_whole_number_is_refused(packed, index):
+    "Rather than rounded"
+    with pytest.raises(IndexError, match="whole numbers"): Packed(packed)[index]
+
+
 # ---- damaged files
 
 def flip(path, at):

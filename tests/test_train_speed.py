@@ -65,7 +65,7 @@ def test_the_switches_do_what_they_say(tmp_path):
 def test_a_switch_may_change_in_the_middle(tmp_path, plain):
     "Four steps plain, saved, four steps channels last and recomputed: the same curve to 1e-5"
     first, trainer = trained(tmp_path, steps=4)
-    trainer.save()
+    with trainer.saver: trainer.save()
     config = replace(trainer.config, channels_last=True, checkpointing=True, accumulate=2)
     again, losses = Trainer(Denoiser(config), config, ALONE), []
     assert again.restore() and again.step == 4

@@ -7,7 +7,8 @@ import pytest
 import torch
 from toy import ALONE, Toy, config, losses, same
 
-from sd_nb.train.trainer import Trainer, Window, rewind_metrics
+from sd_nb.train.record import Window, rewind_metrics
+from sd_nb.train.trainer import Trainer
 
 
 @pytest.fixture

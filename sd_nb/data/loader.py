@@ -38,7 +38,9 @@ def row_numbers(
 ) -> np.ndarray:      # the same as whole numbers from 0 to n - 1
     "Read an index as NumPy would, without an array of that length"
     if isinstance(indices, slice): return np.arange(*indices.indices(n))
-    indices = np.asarray(indices, np.int64)
+    indices = np.asarray(indices)
+    if indices.size and indices.dtype.kind not in "iu": raise IndexError(f"an index is whole numbers, not {indices.dtype}")
+    indices = indices.astype(np.int64)
     if (outside := (indices < -n) | (indices >= n)).any():
         raise IndexError(f"no sample {indices[outside].flat[0]}: there are {n}")
     return np.where(indices < 0, indices + n, indices)

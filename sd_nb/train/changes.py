@@ -14,7 +14,7 @@ from ..settings import flat
 # %% ../../nbs/42d_train.changes.ipynb #19194eb2
 FREE = {"run", "config", "allow_changes", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
         "accumulate", "tf32", "channels_last", "checkpointing", "compile",
-        "bad_steps", "keep", "decay", "fall", "log_every", "sample_every", "save_every"}
+        "bad_steps", "keep", "keep_every", "timeout", "decay", "fall", "log_every", "sample_every", "save_every"}
 FIXED = {"unet", "autoencoder", "clip"}
 
 # %% ../../nbs/42d_train.changes.ipynb #e8037b43
