@@ -154,7 +154,8 @@ def clean(samples, directory, drop=2):
                      bucket_width=48 if o.image.width > 64 else 32, bucket_height=32 if o.image.width > 64 else 48)
                 for o in shaped[start:start + 9] if o in shaped[:len(shaped) - drop]]
         pq.write_table(pa.Table.from_pylist(rows), directory / "clean" / f"{i:05d}.parquet")
-    (directory / "clean" / "clean.json").write_text(json.dumps(dict(source=str(directory / "shards"))))
+    sizes = {path.stem: path.stat().st_size for path in (directory / "shards").glob("*.tar")}
+    (directory / "clean" / "clean.json").write_text(json.dumps(dict(source=str(directory / "shards"), shards=sizes)))
     (directory / "clean" / "funnel.json").write_text(json.dumps(before := [dict(step="clean", asked=24, kept=24 - drop, dropped=dict(blank=drop))]))
     return shaped[:len(shaped) - drop], before
 
@@ -200,7 +201,9 @@ def test_what_cannot_be_encoded_is_one_clear_line(samples, shards, autoencoder, 
     pq.write_table(pa.Table.from_pylist([*rows, rows[0] | dict(key="nobody")]), table)
     with pytest.raises(ValueError, match="nobody is missing.*clean again"): run(Encoding(tmp_path / "clean", tmp_path / "z", autoencoder))
     (tmp_path / "shards" / "00001.tar").unlink()
-    with pytest.raises(ValueError, match="no shard 00001.*clean again"): find_jobs(tmp_path / "clean")
+    with pytest.raises(ValueError, match="shard 00001 is not the one that was cleaned"): find_jobs(tmp_path / "clean")
+    (tmp_path / "clean" / "funnel.json").unlink()
+    with pytest.raises(FileNotFoundError, match="cleaning was interrupted"): find_jobs(tmp_path / "clean")
     with pytest.raises(SystemExit) as stop: main([str(tmp_path / "nowhere"), str(tmp_path / "z"), "--size", "32"])
     assert stop.value.code == 2 and "nowhere: no such directory" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from ..config import one_line_errors, parse
 from .funnel import Tally, read_funnel, write_funnel
 from .gate import ENOUGH, gate, latent_sums, pixel_sums
 from .images import crop, find_shards, read_shard
+from .kept import is_clean, read_clean
 from .latents import (
     _check_finite, _encode, _encoder_fingerprint, _expected, _finished, broken_files, describe, sha256_of,
     write_manifest, write_packed)
@@ -53,13 +54,8 @@ def find_jobs(
     source: str | Path,  # a directory of shards, or what `sd-nb data clean` made of one
 ) -> list[Job]:          # in order of name
     "List what there is to encode"
-    source = Path(source); note = source / "clean.json"
-    if not note.is_file(): return [Job(f"{i:05d}", o, None) for i, o in enumerate(find_shards(source))]
-    shards = Path(json.loads(note.read_text(encoding="utf-8"))["source"])
-    paths, tables = {o.name.partition(".")[0]: o for o in find_shards(shards)}, sorted(source.glob("*.parquet"))
-    if gone := [o.stem for o in tables if o.stem not in paths]:
-        raise ValueError(f"{shards}: no shard {gone[0]}, from which {source} was made; bring it back or clean again")
-    return [Job(f"{i:05d}", paths[o.stem], o) for i, o in enumerate(tables)]
+    pairs = read_clean(source) if is_clean(source) else [(o, None) for o in find_shards(source)]
+    return [Job(f"{i:05d}", path, table) for i, (path, table) in enumerate(pairs)]
 
 # %% ../../nbs/34b_data.encode.ipynb #c3b5eb1f
 def read_job(
