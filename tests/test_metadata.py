@@ -75,22 +75,22 @@ def address(url):
 def reason(row, words):
     "The first reason for which a row must go"
     score = lambda name: None if row[name] is None or not math.isfinite(row[name]) else row[name]
-    if row["url"] is None or not visible(row["url"]): return "no url"
-    if row["caption"] is None or not visible(row["caption"]): return "no caption"
     for name, limit, sign in (("aesthetic", 6.5, 1), ("similarity", 0.28, 1)):
         if score(name) is None: return f"no {name}"
         if score(name) < limit: return name
     if row["width"] is None or row["height"] is None: return "no size"
     if min(row["width"], row["height"]) < 512: return "small"
     if max(row["width"], row["height"]) > 2 * min(row["width"], row["height"]): return "aspect"
-    if len(row["caption"]) < 3: return "short caption"
-    if len(row["caption"]) > 8: return "long caption"
     if score("watermark") is None: return "no watermark"
     if score("watermark") > 0.5: return "watermark"
     if score("safety") is None: return "no safety"
     if score("safety") > 0.2: return "unsafe"
     if row["language"] is None: return "no language"
     if row["language"].lower() not in ("en", "de"): return "language"
+    if row["url"] is None or not visible(row["url"]): return "no url"
+    if row["caption"] is None or not visible(row["caption"]): return "no caption"
+    if len(row["caption"]) < 3: return "short caption"
+    if len(row["caption"]) > 8: return "long caption"
     if has_word(row["caption"], words): return "blocked word"
 
 
@@ -361,8 +361,9 @@ def test_hostile_names(tmp_path):
     (tmp_path / "it's [1]*").mkdir()
     names = ['a"b', "c'); DROP TABLE judged; --", "select", "a b"]
     pq.write_table(pa.table({"url": ["http://a/1"], "caption": ["a cat"], **{name: [i] for i, name in enumerate(names)}}), tmp_path / "it's [1]*" / "x[0]?.parquet")
+    pq.write_table(pa.table(dict(url=["http://a/2"], caption=["what x[0]?.parquet means as a pattern"])), tmp_path / "it's [1]*" / "x0y.parquet")
     Filter(str(tmp_path / "it's [1]*"), tmp_path / "o'ut", **OFF).run()
-    assert [row[name] for row in kept(tmp_path / "o'ut") for name in names] == [0, 1, 2, 3]
+    assert [row[name] for row in kept(tmp_path / "o'ut")[1:] for name in names] == [0, 1, 2, 3]
     pq.write_table(pa.table(dict(url=["u"], URL=["v"], caption=["c"])), tmp_path / "two.parquet")
     with pytest.raises(ValueError, match="two columns have one name"): Filter(str(tmp_path / "two.parquet"), tmp_path / "out", **OFF).run()
 

@@ -43,12 +43,9 @@ def drop_doubles(
     name: str,  # "url" or "caption"
 ):
     "Let the first of the rows stay that have a checksum in common"
-    known, code = f"verdict = 0 AND {name} IS NOT NULL", REASONS.index(f"same {name}")
-    con.execute(f"""CREATE TABLE firsts AS SELECT min(id) AS id FROM judged WHERE {known} GROUP BY {name};
-                    CREATE TABLE judging AS SELECT judged.id, url, caption,
-                        CASE WHEN {known} AND firsts.id IS NULL THEN {code} ELSE verdict END AS verdict
-                    FROM judged LEFT JOIN firsts ON firsts.id = judged.id;
-                    DROP TABLE firsts; DROP TABLE judged; ALTER TABLE judging RENAME TO judged""")
+    known = f"verdict = 0 AND {name} IS NOT NULL"
+    con.execute(f"""UPDATE judged SET verdict = {REASONS.index(f"same {name}")} WHERE {known}
+                    AND id NOT IN (SELECT min(id) FROM judged WHERE {known} GROUP BY {name})""")
 
 # %% ../../nbs/32_data.metadata.ipynb #54461158
 def write_kept(

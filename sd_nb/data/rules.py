@@ -23,17 +23,17 @@ class Rule(NamedTuple):
 
 BLANK = r"NOT regexp_matches({}, '[^\s\p{{Z}}\p{{Cc}}\p{{Cf}}]')"  # nothing that leaves a mark on paper
 RULES = [
-    Rule("no url", "", ("url",), "no url", BLANK.format("url")),
-    Rule("no caption", "", ("caption",), "no caption", BLANK.format("caption")),
     Rule("aesthetic", "aesthetic", ("aesthetic",), "no aesthetic", "aesthetic < $aesthetic"),
     Rule("similarity", "similarity", ("similarity",), "no similarity", "similarity < $similarity"),
     Rule("small", "min_side", SIDES, "no size", "least(width, height) < $min_side"),
     Rule("aspect", "max_aspect", SIDES, "no size", "greatest(width, height) > $max_aspect * least(width, height)"),
-    Rule("short caption", "min_caption", ("caption",), "no caption", "length(caption) < $min_caption"),
-    Rule("long caption", "max_caption", ("caption",), "no caption", "length(caption) > $max_caption"),
     Rule("watermark", "watermark", ("watermark",), "no watermark", "watermark > $watermark"),
     Rule("unsafe", "unsafe", ("safety",), "no safety", "safety > $unsafe"),
     Rule("language", "language", ("language",), "no language", "NOT list_contains($language, lower(language))"),
+    Rule("no url", "", ("url",), "no url", BLANK.format("url")),
+    Rule("no caption", "", ("caption",), "no caption", BLANK.format("caption")),
+    Rule("short caption", "min_caption", ("caption",), "no caption", "length(caption) < $min_caption"),
+    Rule("long caption", "max_caption", ("caption",), "no caption", "length(caption) > $max_caption"),
     Rule("blocked word", "block", ("caption",), "no caption", "regexp_matches(nfc_normalize(caption), $block, 'i')"),
 ]
 REASONS = ["kept", *dict.fromkeys(o for rule in RULES for o in (rule.missing, rule.reason)), "same url", "same caption"]
