@@ -251,6 +251,7 @@ def test_bad_input_is_one_line(tmp_path, web):
     for run, text in [(command(tmp_path / "empty", tmp_path / "o"), "no .*parquet"), (command(tmp_path / "text", tmp_path / "o"), "not parquet"),
                       (command(mixed, tmp_path / "o"), "columns"), (command(tmp_path / "nowhere", tmp_path / "o"), "nowhere"),
                       (command(write_table(tmp_path / "u", link=["a"]), tmp_path / "o"), "no column caption and url"),
+                      (command(write_table(tmp_path / "t", url=["a"], caption=["b"], key=["c"], source_key=["d"]), tmp_path / "o"), "one name"),
                       (command(good, good), "name another directory"), (command(good, tmp_path / "o", per_shard=0), "--per-shard 0"),
                       (command(good, tmp_path / "o", seconds=float("nan")), "--seconds"),
                       (command(good, tmp_path / "o", shape=Shape(quality=101)), "--quality 101")]:

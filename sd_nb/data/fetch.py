@@ -36,7 +36,7 @@ NAT64, UNICAST = ip_network("64:ff9b::/96"), ip_network("2000::/3")  # RFC 6052;
 
 def is_public(
     address: str,  # of a machine, in numbers
-) -> bool:
+) -> bool:         # may a stranger send us there?
     "Say whether an address belongs to the public internet, also the IPv4 address that an IPv6 one carries"
     ip = ip_address(address.partition("%")[0])
     if ip.version == 4: return ip.is_global and not ip.is_multicast
@@ -75,7 +75,7 @@ class Rules:
 
 # %% ../../nbs/32b_data.fetch.ipynb #6df6cc8f
 def open_session(
-    rules: Rules,
+    rules: Rules,       # its `permitted` decides who is spoken to
     total: int = 64,    # connections at once
     per_host: int = 4,  # connections to one host at once
     resolver: aiohttp.abc.AbstractResolver | None = None,  # name -> numbers; None: the system's
@@ -109,9 +109,9 @@ def opted_out(
 
 # %% ../../nbs/32b_data.fetch.ipynb #a25017a3
 async def read_capped(
-    answer: ClientResponse,
-    limit: int,  # bytes
-) -> bytes:
+    answer: ClientResponse,  # whose headers have come
+    limit: int,              # bytes
+) -> bytes:                  # all of it
     "Read a body piece by piece and stop as soon as it is too long"
     body = bytearray()
     if (answer.content_length or 0) > limit: raise NotFetched("too many bytes")
@@ -144,10 +144,10 @@ def seconds_of(
     except (ValueError, OverflowError): return 0.
 
 async def ask(
-    session: ClientSession,
-    url: URL,
-    rules: Rules,
-) -> bytes | URL:  # the contents, or where else to ask
+    session: ClientSession,  # from `open_session`
+    url: URL,                # from `check_url`
+    rules: Rules,            # those of the session
+) -> bytes | URL:            # the contents, or where else to ask
     "Ask one server once"
     async with session.get(url, allow_redirects=False) as answer:
         if answer.status not in (200, *MOVED):
@@ -168,10 +168,10 @@ FAILURES = [  # class of exception, reason, may it pass?
     *((kind, "no connection", True) for kind in (aiohttp.ClientError, OSError, ValueError))]
 
 async def follow(
-    session: ClientSession,
-    url: URL,
-    rules: Rules,
-) -> bytes:
+    session: ClientSession,  # from `open_session`
+    url: URL,                # from `check_url`
+    rules: Rules,            # those of the session
+) -> bytes:                  # the contents
     "Try once: ask, and follow a few redirects, each checked like the first address"
     for _ in range(rules.redirects + 1):
         found = await ask(session, url, rules)
@@ -180,10 +180,10 @@ async def follow(
     raise NotFetched("too many redirects")
 
 async def attempt(
-    session: ClientSession,
-    url: URL,
-    rules: Rules,
-) -> bytes:
+    session: ClientSession,  # from `open_session`
+    url: URL,                # from `check_url`
+    rules: Rules,            # those of the session
+) -> bytes:                  # the contents
     "Try once, for a limited time; every failure becomes a reason"
     try: return await asyncio.wait_for(follow(session, url, rules), rules.seconds)
     except tuple(kind for kind, *_ in FAILURES) as error:

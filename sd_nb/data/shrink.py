@@ -27,9 +27,9 @@ class NotTaken(Exception):
     "A file that becomes no picture; the text is the reason"
 
 def look(
-    data: bytes,        # a file that claims to be a picture
-    shape: Shape,
-) -> Image.Image:       # opened, not decoded
+    data: bytes,   # a file that claims to be a picture
+    shape: Shape,  # what is taken
+) -> Image.Image:  # opened, not decoded
     "Read the head of a picture and refuse what is of no use"
     try: image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError: raise NotTaken("not a picture") from None
@@ -70,7 +70,7 @@ def upright_on_white(
 # %% ../../nbs/32c_data.shrink.ipynb #516aa293
 class Picture(NamedTuple):
     "What a row became"
-    jpeg: bytes
+    jpeg: bytes    # the file
     columns: dict  # width, height, original_width, original_height, exif, sha256
 
 def notes_of(image: Image.Image) -> str:  # JSON
@@ -80,9 +80,9 @@ def notes_of(image: Image.Image) -> str:  # JSON
                        if isinstance(value, str) or name == "Orientation"})
 
 def to_picture(
-    data: bytes,  # a file that claims to be a picture
-    shape: Shape,
-) -> Picture:     # a `NotTaken` says why not
+    data: bytes,   # a file that claims to be a picture
+    shape: Shape,  # what is taken, and what is made of it
+) -> Picture:      # a `NotTaken` says why not
     "Turn a stranger's file into a small JPEG"
     try:
         image = look(data, shape)
