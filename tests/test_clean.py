@@ -156,7 +156,7 @@ def contents(out):
 def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
     """Cut off at any of its writes, a run leaves whole files only; the next one finishes it with the same bytes, looking at no shard twice."""
     whole, step, replace = contents(clean(three_shards(tmp_path), alike=3)), 0, os.replace
-    reads, again = [], tmp_path / "again/clean"
+    reads, again = [], three_shards(tmp_path / "again") / "clean"
     monkeypatch.setattr("sd_nb.data.clean.read_files", lambda path: reads.append(path.name) or read_files(path))
     while True:
         left = [step]
@@ -167,7 +167,7 @@ def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", breaking)
-        try: Clean(tmp_path / "shards", again, alike=3).run()
+        try: Clean(again.parent / "shards", again, alike=3).run()
         except KeyboardInterrupt: pass
         else: break
         finally: monkeypatch.setattr(os, "replace", replace)
@@ -175,7 +175,7 @@ def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
         assert not (again / "funnel.json").exists()
         before = len(reads)
         done = {path.stem for path in (again / "seen").glob("*.parquet")}
-        Clean(tmp_path / "shards", again, alike=3).run()
+        Clean(again.parent / "shards", again, alike=3).run()
         assert contents(again) == whole and {name.split(".")[0] for name in reads[before:]} == {"00000", "00001", "00002"} - done
         shutil.rmtree(again)
         step += 1
@@ -204,11 +204,11 @@ Clean(Path(sys.argv[1]), Path(sys.argv[2]), alike=3).run()
 @pytest.mark.parametrize("writes", [0, 2, 8], ids=["settings", "a look", "the card"])
 def test_killed_in_the_middle_of_a_file(tmp_path, writes):
     """Kill -9 while half of a file is on the disk: the next run finishes with the same bytes, and nothing is left over."""
-    whole, out = contents(clean(three_shards(tmp_path), alike=3)), tmp_path / "again/clean"
-    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "shards"), str(out), str(writes)], capture_output=True)
+    whole, out = contents(clean(three_shards(tmp_path), alike=3)), three_shards(tmp_path / "again") / "clean"
+    done = subprocess.run([sys.executable, "-c", KILLER, str(out.parent / "shards"), str(out), str(writes)], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
     assert [name for name in contents(out) if name.endswith(".partial")] and not (out / "funnel.json").exists()
-    Clean(tmp_path / "shards", out, alike=3).run()
+    Clean(out.parent / "shards", out, alike=3).run()
     assert contents(out) == whole
 
 

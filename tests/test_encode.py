@@ -1,9 +1,11 @@
 """Encoding by any number of processes, killed at any moment: the same bytes, or one clear line."""
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 import sd_nb
 import sd_nb.data.latents as latents
 from sd_nb.data.emoji import embedded
-from sd_nb.data.encode import Encoding, encode_share, find_jobs, gather, main, wait_for_others
+from sd_nb.data.encode import Encode, Encoding, encode_share, find_jobs, gather, main, wait_for_others
 from sd_nb.data.images import crop, read_shards, square, write_shards
 from sd_nb.data.loader import Packed
 from sd_nb.interop import load_autoencoder
@@ -88,12 +90,25 @@ def test_any_number_of_processes_gives_the_same_bytes(shards, autoencoder, whole
 
 
 def test_real_processes_give_the_same_bytes(shards, whole, tmp_path):
-    "Two that nobody coordinates, the first of which waits for the second"
+    "Two that nobody coordinates: the first is ready before the second begins, and waits"
     args = (*ENCODE, shards, tmp_path / "z", "--size", 32, "--batch", 3)
-    two = [command(*args, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    two = [command(*args, RANK="0", WORLD_SIZE="2")]
+    while two[0].poll() is None and not (tmp_path / "z" / "00004.json").is_file(): time.sleep(0.01)
+    two.append(command(*args, RANK="1", WORLD_SIZE="2"))
     said = [o.communicate(timeout=200)[0] for o in two]
     assert [o.returncode for o in two] == [0, 0], said
     assert "24 latents (8, 8, 8)" in said[0] and said[1] == "" and contents(tmp_path / "z") == contents(whole)
+
+
+def test_the_command_names_a_model_and_shows_its_progress(shards, whole, tmp_path, capsys):
+    "Any model directory will do; the bar tells images per second and, after an interruption, counts only its own as fast"
+    assert Encode(shards, tmp_path / "z", model=MODEL, size=32, batch=3).run() == 0 and contents(tmp_path / "z") == contents(whole)
+    assert re.fullmatch(r"24 latents \(8, 8, 8\): mean -0.\d\d, deviation 1.\d\d, slope 0.9\d\n", capsys.readouterr().out)
+    for name in ("00003", "00004"): (tmp_path / "z" / f"{name}.json").unlink()
+    encode_share(Encoding(shards, tmp_path / "z", load_autoencoder(MODEL).eval(), 32, batch=3))
+    lines = capsys.readouterr().err.split("\r")
+    assert "process 0 of 1:  62%" in lines[1] and "15/24 [00:00<?" in lines[1] and "24/24" in lines[-1] and "images/s" in lines[-1]
+    with pytest.raises(FileNotFoundError, match="vae/config.json"): Encode(shards, tmp_path / "y", model=tmp_path, size=32).run()
 
 
 @pytest.mark.slow

@@ -67,6 +67,16 @@ def test_what_does_not_fit_is_refused(made):
     with pytest.raises(ValueError, match="shard 00000 is not the one that was cleaned; clean anew"): read_clean(made)
 
 
+def test_both_can_move_together(made, tmp_path_factory):
+    """Tables know the way to their shards, not the place: moved together they are read as before."""
+    before, home = table(made), tmp_path_factory.mktemp("elsewhere") / "deep"
+    made.parent.rename(home)
+    assert table(home / "clean") == before and str(home.parent) not in (home / "clean" / "clean.json").read_text()
+    made.parent.mkdir()
+    made.symlink_to(home / "clean")
+    assert table(made) == before
+
+
 def test_training_takes_a_cleaned_directory(made):
     """`sd-nb train tiny --data CLEAN` trains on what stayed, under the clean captions."""
     from sd_nb.train.__main__ import main

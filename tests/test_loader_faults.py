@@ -1,6 +1,5 @@
 """The loader and the shard reader when something is wrong: uneven sizes, damaged files, lying archives, dying workers."""
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -13,10 +12,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
+from million import MEMORY, make_million
 from torch.utils.data import DataLoader
 
 from sd_nb.data.images import LIMIT, read_shard
@@ -382,40 +380,10 @@ def test_fault_28_fork_after_threads(packed):
 
 # ---- memory
 
-MEMORY = """
-import sys, numpy as np
-from sd_nb.data.loader import Packed, batch_indices
-def private():
-    "Kilobytes that only this process holds and that the system cannot take back"
-    lines = (line.split() for line in open("/proc/self/smaps_rollup"))
-    return sum(int(o[1]) for o in lines if o[0] in ("Private_Dirty:", "Private_Hugetlb:"))
-before = private()
-for split in (None, "train"):
-    data = Packed(sys.argv[1]).select(split)
-    for step in range(2): assert data[batch_indices(step, len(data), 64, 0)].shape == (64, 8, 32, 32)
-    print(len(data), private() - before)
-"""
-
-
-@pytest.fixture(scope="module")
-def million(tmp_path_factory):
-    "A million samples in ten sparse files: 16 GB that take no room on the disk"
-    out, n, shape = tmp_path_factory.mktemp("million"), 100_000, (8, 32, 32)
-    splits = pa.array(["train" if i % 50 else "held_out" for i in range(n)])
-    columns = dict(key=[f"{i:09d}" for i in range(n)], caption=[f"a long caption of picture number {i}, " * 2 for i in range(n)])
-    pq.write_table(pa.table(columns | dict(split=splits)), out / "first.parquet", compression="zstd")
-    shards = []
-    for i in range(10):
-        name = f"{i:05d}"
-        shutil.copy(out / "first.parquet", out / f"{name}.parquet")
-        with open(out / f"{name}.npy", "wb") as file:
-            np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=(n, *shape)))
-            file.truncate(file.tell() + n * 2 * 8 * 32 * 32)
-        files = {o: dict(bytes=(out / o).stat().st_size, sha256="") for o in (f"{name}.npy", f"{name}.parquet")}
-        shards.append(dict(name=name, count=n, files=files))
-    (out / "manifest.json").write_text(json.dumps(dict(kind="latents", shape=shape, dtype="float16", count=10 * n, shards=shards)))
-    yield out
-    shutil.rmtree(out)
+@pytest.fixture
+def million(tmp_path):
+    yield make_million(tmp_path)
+    shutil.rmtree(tmp_path)
 
 
 def test_a_million_samples_take_less_than_50_MB(million):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .loader import GOLDEN, Packed, batch_indices, gather, mix, row_numbers, shuffled
+from .loader import GOLDEN, Packed, batch_indices, mix, row_numbers, shuffled
 
 # %% ../../nbs/35a_data.blend.ipynb #cbe73ae1
 def whole(
@@ -64,7 +64,10 @@ class Joined:
         which = np.searchsorted(self.ends, np.atleast_1d(rows), side="right")
         shapes = {self.sets[s].shape for s in np.unique(which)} or {self.sets[0].shape}
         if len(shapes) > 1: raise ValueError(f"samples of shapes {sorted(shapes)} do not make a batch; `draw` keeps them apart")
-        samples = gather(self.sets, self.ends, np.atleast_1d(rows), *shapes, self.dtype)
+        samples = np.empty((len(which), *shapes.pop()), self.dtype)
+        for s in np.unique(which):
+            here = which == s
+            samples[here] = self.sets[s][np.atleast_1d(rows)[here] - self.ends[s] + self.sizes[s]]
         return samples if rows.ndim else samples[0]
 
     @cached_property

@@ -7,7 +7,7 @@ __all__ = ['TABLE', 'SEEN', 'WINDOW', 'EXAMPLES', 'read_named', 'open_sample', '
            'sizes_of', 'twins_of', 'new_report', 'add_to_report', 'notes_of']
 
 # %% ../../nbs/33c_data.clean.ipynb #c4a17750
-import json
+import json, os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Callable, Iterator
@@ -155,7 +155,7 @@ def claim(self: Clean, shards: dict[str, Path]):
     else:
         HashedFile(place).partial.unlink(missing_ok=True)  # a killed process could not tidy up
         must_be_empty(self.out)
-    write_json(place, dict(source=str(self.shards.resolve()), **now))
+    write_json(place, dict(source=os.path.relpath(self.shards.resolve(), self.out.resolve()), **now))
 
 # %% ../../nbs/33c_data.clean.ipynb #7db7e369
 def twins_of(

@@ -33,9 +33,10 @@ def read_clean(
     if not (is_clean(directory) and (directory / "funnel.json").is_file()):
         raise FileNotFoundError(f"{directory}: no cleaned data set, or cleaning was interrupted (the same command finishes it)")
     made = json.loads((directory / "clean.json").read_text(encoding="utf-8"))
-    shards = named_shards(made["source"])
+    source = (directory.resolve() / made["source"]).resolve()
+    shards = named_shards(source)
     if other := sorted(name for name, _ in sizes_of(shards).items() ^ made["shards"].items()):
-        raise ValueError(f"{made['source']}: shard {other[0]} is not the one that was cleaned; clean anew")
+        raise ValueError(f"{source}: shard {other[0]} is not the one that was cleaned; clean anew")
     return [(path, directory / f"{name}.parquet") for name, path in shards.items()]
 
 def read_kept(
