@@ -176,21 +176,30 @@ BOXES = [  # a notebook, what its part does, and where: x, y, width, height (pix
 ]
 
 # %% ../nbs/01_viz.ipynb #8645b817
-ROWS = {  # the parts that stand under the map, in reading order
+ROWS = {  # the parts that stand under the map, in reading order; "; " begins a new line
     "model": "13a model.tiling, 15a model.prompt, 22 diffusion.walk",
-    "data": "30 data.emoji, 31 data.images, 34 data.latents, 35 data.loader",
-    "train": "40 train.ema, 41 train.checkpoint, 42 train.parallel, "
-             "43 train.trainer, 44 train.stages, 45 train.__main__",
-    "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora, 54 convert, 55 download",
+    "data": "30 data.emoji, 31 data.images, 31a data.sources, 31b data.rules, 32 data.metadata, 32a data.funnel; "
+            "32b data.fetch, 32c data.shrink, 32d data.download_images, 33 data.captions, 33a data.lookalikes, "
+            "33b data.buckets; 33c data.clean, 33d data.kept, 33e data.publish, 34 data.latents, 34a data.gate, "
+            "34b data.encode; 35 data.loader, 35a data.blend, 36 data.steps",
+    "train": "40 train.ema, 40a train.posthoc, 41 train.checkpoint, 41a train.background, 41b train.place, "
+             "42 train.parallel; 42a train.step, 42b train.guard, 42c train.speed, 42d train.changes, "
+             "42e train.sharding, 42f train.record; 43 train.trainer, 43a train.denoising, 44 train.stages, "
+             "45 train.__main__, 46 train.watch",
+    "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora; 54 convert, 55 download",
     "use": "00 config, 01 viz, 51 pipeline, 51a edit, 52 demo, 52a generate, 53 cli",
 }
+
+def _lines():
+    "The lines of boxes under the map, each with its part"
+    return [(part, line) for part, names in ROWS.items() for line in names.split("; ")]
 
 def _boxes():
     "All boxes, with those of the rows laid out as `BOXES` are"
     yield from BOXES
-    rows = [names.split(", ") for names in ROWS.values()]
-    step = 682 // max(map(len, rows))  # from the left margin of 62 to the right one of 6
-    for j, names in enumerate(rows):
+    lines = [line.split(", ") for _, line in _lines()]
+    step = 682 // max(map(len, lines))  # from the left margin of 62 to the right one of 6
+    for j, names in enumerate(lines):
         for i, name in enumerate(names): yield name, "", 62 + i * step, 356 + j * 36, step - 5, 28
 
 # %% ../nbs/01_viz.ipynb #c5700592
@@ -217,7 +226,8 @@ def _box(ax, name, role, x, y, w, h, here):
     edge = dict(lw=2, ec=PALETTE["ink"]) if marked else dict(lw=1.2, ec=color)
     for fill in ("#ffffff", PALETTE["here"] if marked else color + "1c"):
         ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=5", fc=fill, **edge))
-    short, size = (module.split(".", 1)[-1], 8) if h < 30 else (module, 8.5)  # a row says its part once, at its left
+    short = module.split(".", 1)[-1] if h < 30 else module  # a row says its part once, at its left
+    size = min(7.5, 115 / len(number + short)) if h < 30 else 8.5
     _text(ax, x + w / 2, y + 14 if role or h > 60 else y + h / 2, f"{number} {short}", size)
     _text(ax, x + w / 2, y + 29, role, 7.5)
 
@@ -238,11 +248,13 @@ def sd_map(
     boxes = list(_boxes())
     known = [name.split()[1] for name, *_ in boxes]
     if here and here not in known: raise ValueError(f"no box {here!r} on the map; it has {', '.join(known)}")
-    fig = (Figure if out else plt.figure)(figsize=(7.5, 5.4), dpi=100)
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 750), ylim=(540, 0))
+    height = 360 + 36 * len(_lines())
+    fig = (Figure if out else plt.figure)(figsize=(7.5, height / 100), dpi=100)
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 750), ylim=(height, 0))
     ax.axis("off")
     for arrow in _ARROWS: _arrow(ax, *arrow)
     for box in boxes: _box(ax, *box, here)
     for word, x, y in _WORDS: _text(ax, x, y, word, 9, weight="bold")
-    for j, row in enumerate(ROWS): _text(ax, 30, 370 + j * 36, row, 9, row, weight="bold")
+    parts = [part for part, _ in _lines()]
+    for part in ROWS: _text(ax, 30, 370 + 36 * parts.index(part), part, 9, part, weight="bold")
     return _save(fig, out) if out else None
