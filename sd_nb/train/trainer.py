@@ -143,18 +143,20 @@ def skip(
 ):
     "Log the pictures of a bad step, and stop the run after too many in a row"
     keys = list(self.stage.keys(rows))
-    self.append(dict(step=self.step, skipped="loss or gradient not finite", keys=keys))
-    warnings.warn(f"step {self.step} was skipped, its loss or gradient is not finite: {', '.join(keys[:4])}, ...")
+    self.note(dict(step=self.step, skipped="loss or gradient not finite", keys=keys),
+              f"step {self.step} was skipped, its loss or gradient is not finite: {', '.join(keys[:4])}, ...")
     self.guard.give_up(self.step)
 
 
 @patch
-def append(
+def note(
     self: Trainer,
-    row: dict  # JSON-ready
+    row: dict,  # JSON-ready
+    warning: str = ""  # for a person to see
 ):
     "Append a row to `metrics.jsonl` (main process)"
     if not is_main(self.world): return
+    if warning: warnings.warn(warning)
     with open(self.directory / "metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/43_train.trainer.ipynb #c7efc9b0
@@ -189,18 +191,9 @@ def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     for group, decay in zip(self.optimizer.param_groups, decays): group["weight_decay"] = decay  # the config's, if new
     self.step, self.seconds, self.guard.bad = state["step"], state["seconds"], state.get("bad", 0)
     if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", self.step)
-    if diff: self.note_changes(diff)
+    said = f"{self.directory} goes on at step {self.step} with other settings: {diff}"
+    if diff: self.note(dict(step=self.step, changed=diff), said)
     return True
-
-
-@patch
-def note_changes(
-    self: Trainer,
-    diff: str  # as `refuse_changes` returns it
-):
-    "Say what is different from now on, and leave it in the log"
-    warnings.warn(f"{self.directory} goes on at step {self.step} with other settings: {diff}")
-    self.append(dict(step=self.step, changed=diff))
 
 # %% ../../nbs/43_train.trainer.ipynb #18130108
 @patch
@@ -209,7 +202,7 @@ def log(self: Trainer) -> dict:  # the row
     means, images = self.window.flush(), self.step * self.recipe.batch
     row = dict(step=self.step, images=images, lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 2),
                images_per_second=round(images / max(self.seconds, 1e-9), 2), **means)
-    self.append(row)
+    self.note(row)
     return row
 
 
