@@ -277,3 +277,35 @@ def test_fault_15_two_one_two_processes(tmp_path):
     whole, parts = ([json.loads(row) for row in open(tmp_path / run / "autoencoder" / "metrics.jsonl")] for run in ("whole", "parts"))
     assert [r["step"] for r in parts] == list(range(1, 10)) and len({r["loss"] for r in whole}) == 9
     assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], abs=1e-6, rel=1e-6)
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from toy import Toy, config
+from sd_nb.train.parallel import world
+from sd_nb.train.trainer import Trainer
+mark = Path(sys.argv[2])
+with world(minutes=2) as w:
+    def die(step):
+        if w.rank == 1 and step == 7 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    Trainer(Toy(die), config(Path(sys.argv[1])), w).fit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fault_12_a_killed_rank_is_restarted(tmp_path):
+    "torchrun with one restart: rank 1 dies at step 7, all start again from step 5, and end with the bytes of an undisturbed run"
+    (tmp_path / "script.py").write_text(DYING)
+    where = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "script.py"]
+    (tmp_path / "calm").touch()
+    for run, mark in (("whole", "calm"), ("run", "mark")):
+        done = subprocess.run([*launch, tmp_path / run, tmp_path / mark, *where], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "mark").exists() and receipts(tmp_path / "run", 20) == receipts(tmp_path / "whole", 20)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

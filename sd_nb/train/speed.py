@@ -41,7 +41,7 @@ def can_compile(
 ) -> bool:
     "Compile a tiny function, freshly, and warn when that fails"
     try:
-        with torch._inductor.config.patch(force_disable_caches=True):
+        with warnings.catch_warnings(action="ignore"), torch._inductor.config.patch(force_disable_caches=True):
             torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever a tool chain may lack
         reason = str(error).strip().splitlines()[0]

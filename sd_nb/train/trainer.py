@@ -110,7 +110,8 @@ def skip(
     "Log the pictures of a bad step, and stop the run after too many in a row"
     keys = list(self.stage.keys(rows))
     self.logs.log(dict(step=self.step, skipped="loss or gradient not finite", keys=keys))
-    warnings.warn(f"step {self.step} was skipped, its loss or gradient is not finite: {', '.join(keys[:4])}, ...")
+    if is_main(self.world):
+        warnings.warn(f"step {self.step} was skipped, its loss or gradient is not finite: {', '.join(keys[:4])}, ...")
     self.guard.give_up(self.step)
 
 # %% ../../nbs/43_train.trainer.ipynb #c7efc9b0
