@@ -64,7 +64,7 @@ def main(args):
     theirs, noise, prompts, size = open_theirs(ours, args.sampler), ours.noise(args.batch), [args.prompt] * args.batch, ours.sampling.size
 
     def draw_ours():
-        return ours(prompts, "", args.steps, args.guidance, args.sampler, latents=noise, output="np", progress=False)
+        return ours(prompts, "", args.steps, args.guidance, args.sampler, latents=noise, output="np", spacing="model", progress=False)
 
     def draw_theirs():
         return theirs(prompts, negative_prompt=[""] * args.batch, num_inference_steps=args.steps, guidance_scale=args.guidance,

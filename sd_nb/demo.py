@@ -107,7 +107,7 @@ def draw_prompt(
 ) -> Path:  # the same path
     "Draw one picture and save it with its settings"
     check_prompt(prompt, pipe.tokenizer)
-    settings = dict(steps=20, sampler="dpmpp_2m", guidance=4.0, seed=seed)
+    settings = dict(steps=20, sampler="unipc", guidance=4.0, seed=seed)
     return save_picture(pipe(prompt, **settings)[0], path, prompt, **settings)
 
 

@@ -256,14 +256,14 @@ class Sampling:
     beta_end: float = 0.012           # variance added by the last
     beta_kind: str = "scaled_linear"  # or "linear"
     zero_snr: bool = False            # schedule stretched so that the last level is pure noise?
-    prediction: str = "eps"           # or "v", "x0"
+    prediction: str = "eps"           # or "v", "x0", "flow"
     spacing: str = "trailing"         # or "leading", "linspace": which levels n steps visit
     offset: int = 1                   # added to every level when the spacing is "leading"
     set_alpha_to_one: bool = True     # does DDIM's last step end at abar = 1 (or at the first level's)?
     size: int = 512                   # side of the training pictures in pixels
 
 # %% ../nbs/50a_foreign.ipynb #e0c9ce58
-PREDICTIONS = dict(eps="epsilon", v="v_prediction", x0="sample")
+PREDICTIONS = dict(eps="epsilon", v="v_prediction", x0="sample", flow="flow_prediction")
 
 def write_sampling_config(
     s: Sampling,  # ours; its `size` goes into `unet/config.json`

@@ -23,7 +23,7 @@ from .demo import check_prompt, check_writable, save_picture
 # %% ../nbs/52a_generate.ipynb #e276e976
 KINDS = dict(prompt=str, negative=str, model=str, sampler=str, spacing=str, image=str, mask=str, lora=list,
              interval=list, steps=int, seed=int, height=int, width=int, guidance=float, rescale=float, strength=float)
-DEFAULTS = dict(negative="", steps=20, sampler="dpmpp_2m", guidance=4.0, seed=0)
+DEFAULTS = dict(negative="", steps=20, sampler="unipc", guidance=4.0, seed=0)
 
 def _is(value, kind):
     "Is this a value of the kind? Whole numbers count as fractions, truth values as nothing"
@@ -146,8 +146,8 @@ class Generate:
     negative: str | None = None      # what to stay away from
     steps: int | None = None         # calls of the network for each picture; default: 20
     guidance: float | None = None    # how strictly to follow the prompt, 1: as trained; default: 4
-    sampler: str | None = None       # ddim, euler_ancestral, unipc, ...; default: dpmpp_2m
-    spacing: str | None = None       # of the steps: trailing, leading, linspace, karras, log_snr; default: the model's
+    sampler: str | None = None       # ddim, euler_ancestral, unipc, ...; default: unipc
+    spacing: str | None = None       # of the steps: trailing, leading, linspace, karras, log_snr, model; default: what suits the sampler
     rescale: float | None = None     # how far to undo the contrast that guidance adds, 0 to 1; default: 0
     interval: tuple[float, float] | None = None  # noise levels between which to guide; default: all
     seed: int | None = None          # of the first picture, the next ones count up; default: 0

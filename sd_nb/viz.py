@@ -178,11 +178,14 @@ BOXES = [  # a notebook, what its part does, and where: x, y, width, height (pix
 # %% ../nbs/01_viz.ipynb #8645b817
 ROWS = {  # the parts that stand under the map, in reading order; "; " begins a new line
     "model": "13a model.tiling, 15a model.prompt, 22 diffusion.walk",
-    "data": "30 data.emoji, 31 data.images, 32 data.metadata, 32a data.funnel, 32b data.fetch, 32c data.download_images; "
-            "33 data.captions, 33a data.lookalikes, 34 data.latents, 34a data.encode, 35 data.loader, 35a data.blend",
-    "train": "40 train.ema, 40a train.posthoc, 41 train.checkpoint, 41a train.background, 42 train.parallel, "
-             "43 train.trainer; 43a train.step, 43b train.guard, 44 train.stages, 45 train.__main__, 46 train.watch, "
-             "47 train.doctor, 48 train.report",
+    "data": "30 data.emoji, 31 data.images, 31a data.sources, 31b data.rules, 32 data.metadata, 32a data.funnel; "
+            "32b data.fetch, 32c data.shrink, 32d data.download_images, 33 data.captions, 33a data.lookalikes, "
+            "33b data.buckets; 33c data.clean, 33d data.kept, 33e data.publish, 34 data.latents, 34a data.gate, "
+            "34b data.encode; 35 data.loader, 35a data.blend, 36 data.steps",
+    "train": "40 train.ema, 40a train.posthoc, 41 train.checkpoint, 41a train.background, 41b train.place, "
+             "42 train.parallel; 42a train.step, 42b train.guard, 42c train.speed, 42d train.changes, "
+             "42e train.sharding, 42f train.record; 43 train.trainer, 43a train.denoising, 44 train.stages, "
+             "45 train.__main__, 46 train.watch",
     "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora; 54 convert, 55 download",
     "use": "00 config, 01 viz, 51 pipeline, 51a edit, 52 demo, 52a generate, 53 cli",
 }

@@ -37,7 +37,7 @@ def test_demo_trains_draws_and_resumes(tmp_path, short_training, capsys):
     for name in ("samples", "checkpoints"): assert any((run / name).iterdir())
     for name in ("loss.png", "metrics.jsonl", "prompt.png", "model/model_index.json", "config.json"): assert (run / name).is_file() and str(run) in out
     about = Image.open(run / "prompt.png").text["parameters"]
-    assert about == "blue heart, flat style\nSteps: 20, Sampler: dpmpp_2m, CFG scale: 4.0, Seed: 0, Size: 16x16"
+    assert about == "blue heart, flat style\nSteps: 20, Sampler: unipc, CFG scale: 4.0, Seed: 0, Size: 16x16"
     log = (run / "metrics.jsonl").read_text()
     assert say(capsys, "demo", "--minutes", 0.1, "--run", run, "--prompt", "red apple")[0] == 0
     assert (run / "metrics.jsonl").read_text() == log

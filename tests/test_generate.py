@@ -79,7 +79,7 @@ def test_the_command_adds_nothing(say, tmp_path, model):
         assert pixels(tmp_path / "out" / f"a-red-apple-{seed}.png") == np.asarray(pipe("a red apple", "blue", 2, 4.0, seed=seed)[0]).tolist()
     text = Image.open(tmp_path / "out" / "a-red-apple-6.png").text["parameters"]
     assert text.splitlines()[:2] == ["a red apple", "Negative prompt: blue"]
-    assert text.splitlines()[2].startswith("Steps: 2, Sampler: dpmpp_2m, CFG scale: 4.0, Seed: 6, ") and text.endswith("Size: 16x16")
+    assert text.splitlines()[2].startswith("Steps: 2, Sampler: unipc, CFG scale: 4.0, Seed: 6, ") and text.endswith("Size: 16x16")
 
 
 def test_the_same_command_goes_on(say, tmp_path):

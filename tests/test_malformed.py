@@ -120,7 +120,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lying_files_are_refused(model, lie):
+def test_fault_10_lying_files_are_refused(model, lie):
     """A file whose table does not fit its bytes is named, in one line."""
     source, file = model
     LIES[lie](file)
@@ -221,7 +221,7 @@ PAYLOADS = {
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".safetensors"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_pickle_runs_nothing(tmp_path, payload, zipped, suffix):
+def test_fault_09_a_pickle_runs_nothing(tmp_path, payload, zipped, suffix):
     """A canary file that a checkpoint would make when opened is not made, with or without `allow_pickle`; plain `torch.load` makes it."""
     if payload == "seed" and not hasattr(seed, "load_seed"): pytest.skip("sd_nb.seed opens no checkpoints yet")
     canary, file = tmp_path / "canary", tmp_path / f"model{suffix}"

@@ -175,21 +175,44 @@ def test_spread_and_dtypes():
     assert NoiseSchedule().add_noise(x, x, torch.tensor([0, 999])).dtype == torch.float16
 
 
-@pytest.mark.parametrize("spacing, option", [("karras", "use_karras_sigmas"), ("log_snr", "use_exponential_sigmas")])
-@pytest.mark.parametrize("zero", [False, True])
-def test_spaced_by_noise_equals_diffusers(spacing, option, zero):
+EVEN = pytest.mark.parametrize("spacing, option", [("karras", "use_karras_sigmas"), ("log_snr", "use_exponential_sigmas")])
+
+
+def sigmas_of(schedule, ts):
+    "Noise over signal at these levels"
+    return torch.tensor([(1 / schedule.level(t) - 1) ** 0.5 for t in ts.tolist()])
+
+
+@EVEN
+def test_spaced_by_noise_equals_diffusers(spacing, option):
     "Sigmas and fractional levels are EulerDiscreteScheduler's, for every number of steps"
-    theirs = EulerDiscreteScheduler(**SD, **{option: True}, rescale_betas_zero_snr=zero)
-    schedule = NoiseSchedule(ZERO if zero else None)
-    assert_close(theirs.alphas_cumprod, schedule.abar.clamp(min=2**-24), rtol=1e-4, atol=1e-8)
-    theirs.alphas_cumprod = schedule.abar64.clamp(min=2**-24)  # their float32 table has lost digits at t = 0
+    theirs, schedule = EulerDiscreteScheduler(**SD, **{option: True}), NoiseSchedule()
+    assert_close(theirs.alphas_cumprod, schedule.abar, rtol=1e-4, atol=1e-8)
+    theirs.alphas_cumprod = schedule.abar64  # their float32 table has lost digits at t = 0
     for n in [*range(2, 61), 150, 999, 1000]:  # one step of theirs would start at level 0, without noise
         theirs.set_timesteps(n)
         ts = timesteps(n, spacing=spacing, schedule=schedule)
         assert ts.dtype == torch.float64 and len(ts) == n and (ts.diff() < 0).all()
-        sigmas = torch.tensor([(1 / schedule.level(t) - 1) ** 0.5 for t in ts.tolist()])
-        assert_close(sigmas, theirs.sigmas[:-1], rtol=1e-5, atol=0)
+        assert_close(sigmas_of(schedule, ts), theirs.sigmas[:-1], rtol=1e-5, atol=0)
         assert_close(ts.float(), theirs.timesteps, rtol=0, atol=1e-4)
+
+
+@EVEN
+@pytest.mark.parametrize("n", [2, 3, 10, 20, 50])
+def test_spaced_by_noise_from_pure_noise(spacing, option, n):
+    "With zero terminal SNR ours asks once in pure noise and then as they do from 14.6; theirs from 4096, half of it in vain"
+    schedule = NoiseSchedule(ZERO)
+    theirs = EulerDiscreteScheduler(**SD, **{option: True}, rescale_betas_zero_snr=True, sigma_max=14.6,
+                                    sigma_min=(1 / schedule.level(0) - 1) ** 0.5)
+    ts = timesteps(n, spacing=spacing, schedule=schedule)
+    assert ts[0] == 999 and len(ts) == n and (ts.diff() < 0).all()
+    if n > 2:
+        convert = theirs._convert_to_karras if spacing == "karras" else theirs._convert_to_exponential
+        want = convert(in_sigmas=torch.tensor([14.6, theirs.config.sigma_min]), num_inference_steps=n - 1)
+        assert_close(sigmas_of(schedule, ts[1:]), torch.as_tensor(want).float(), rtol=1e-5, atol=0)
+    wasteful = EulerDiscreteScheduler(**SD, **{option: True}, rescale_betas_zero_snr=True)
+    wasteful.set_timesteps(n)
+    if n >= 10: assert (wasteful.sigmas > 14.61).sum() > n * 0.4 and (sigmas_of(schedule, ts) > 14.61).sum() == 1
 
 
 @pytest.mark.parametrize("spacing, option", [("karras", "use_karras_sigmas"), ("log_snr", "use_lu_lambdas")])
@@ -207,7 +230,7 @@ def test_spaced_by_noise_equals_dpm_solver(spacing, option):
 
 def test_spaced_by_noise_closed_form():
     "Karras eq. 5: sigma**(1/7) is evenly spaced; log_snr: log-SNR is; both from the last level to the first"
-    for betas in (None, linear_betas(), linear_betas(10), ZERO):
+    for betas in (None, linear_betas(), linear_betas(10)):
         schedule = NoiseSchedule(betas)
         n = min(13, schedule.T)
         for spacing, even in [("karras", lambda lam: (-lam / 14).exp()), ("log_snr", lambda lam: lam)]:

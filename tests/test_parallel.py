@@ -117,7 +117,7 @@ with world(minutes=0.5) as w:
 '''
 
 
-def test_one_ranks_failure_ends_the_job(tmp_path):
+def test_fault_14_one_ranks_failure_ends_the_job(tmp_path):
     "Nobody waits for ever: the job ends with an error code, and the reason is in the output"
     (tmp_path / "fail.py").write_text(FAILING)
     start = time.monotonic()

@@ -2,6 +2,7 @@
 import math
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from sd_nb.diffusion import samplers, walk
 from sd_nb.diffusion.noise import NoiseSchedule, cosine_betas, flow_betas, linear_betas, sigmoid_betas, timesteps
 from sd_nb.diffusion.samplers import SAMPLERS
@@ -126,12 +127,30 @@ def test_every_schedule(name, betas):
     assert -0.08 < (std - 0.5).min() and (std - 0.5).max() < 0.02  # the first-order ones end too narrow
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "log_snr"])
 @pytest.mark.parametrize("betas", [cosine_betas, flow_betas])
-def test_heun_needs_levels_close_in_sigma(betas):
-    "From sigma 4096 to 30 in one step the mean of two slopes misses even the mean; with Karras' levels it does not"
-    mean = torch.tensor([0.7, -0.4])
-    assert (ends("heun", betas, "trailing")[0] - mean).abs().max() > 0.2
-    assert (ends("heun", betas, "karras")[0] - mean).abs().max() < 0.02
+def test_heun_from_pure_noise(betas, spacing):
+    "Heun leaves pure noise by Euler's step, which asks once"
+    mean, schedule = torch.tensor([0.7, -0.4]), NoiseSchedule(betas())
+    assert (ends("heun", betas, spacing)[0] - mean).abs().max() < 0.02
+    asked, ts = [], timesteps(50, spacing=spacing, schedule=schedule)
+    list(samplers.heun(lambda x, t: asked.append(t[0].item()) or x, torch.ones(1, 2), schedule, ts))
+    assert asked == pytest.approx([ts[0].item(), ts[1].item(), *ts[2:].repeat_interleave(2).tolist()])
+
+
+@pytest.mark.parametrize("betas", [cosine_betas, flow_betas])
+def test_heun_of_diffusers_loses_the_mean(betas):
+    "Theirs averages the slopes at sigma 4096 and at the next level, as the paper writes it for finite sigma"
+    mean, schedule = torch.tensor([0.7, -0.4]), NoiseSchedule(betas())
+    theirs, ts = HeunDiscreteScheduler(trained_betas=[0.5]), timesteps(50)
+    s = torch.tensor([(1 / schedule.level(t) - 1)**0.5 for t in ts.tolist()] + [0.0])
+    theirs.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+    theirs.timesteps, theirs._step_index = torch.cat([ts[:1], ts[1:].repeat_interleave(2)]), 0
+    eps, y = perfect_eps(schedule, mean[None], 0.5), torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * s[0]
+    for t in theirs.timesteps:
+        scaled = y / (1 + theirs.sigmas[theirs._step_index]**2)**0.5
+        y = theirs.step(eps(scaled, t.expand(len(y))), t, y).prev_sample
+    assert (y.mean(0) - mean).abs().max() > 0.2
 
 
 def test_perfect_eps_is_the_best_answer():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NUMBER', 'SCHEMA', 'HashedFile', 'sha256_of', 'broken_files', 'write_json', 'describe', 'to_float',
-           'write_packed', 'pack', 'pack_pixels', 'read_manifest', 'weights_digest', 'pack_latents', 'sample_latents',
-           'unit_scale']
+           'write_packed', 'write_manifest', 'pack', 'pack_pixels', 'read_manifest', 'weights_digest', 'pack_latents',
+           'sample_latents', 'unit_scale']
 
 # %% ../../nbs/34_data.latents.ipynb #a53b193b
 import hashlib, json, os, warnings
@@ -141,6 +141,20 @@ def _finished(out: Path, name: str, origin: dict) -> dict | None:
     warnings.warn(f"{out}: {', '.join(broken)} broken or missing; packing {name} again")
 
 # %% ../../nbs/34_data.latents.ipynb #fe2c40e7
+def write_manifest(
+    out: Path,             # the directory
+    fingerprint: dict,     # what every shard depends on
+    receipts: list[dict],  # of the shards, in order
+    **more,                # what else the manifest should say
+) -> dict:                 # the manifest
+    "Add the shards up: only now is the directory a packed one"
+    first = np.load(out / f"{receipts[0]['name']}.npy", mmap_mode="r", allow_pickle=False)
+    manifest = dict(kind=fingerprint["kind"], shape=list(first.shape[1:]), dtype=str(first.dtype),
+                    count=sum(o["count"] for o in receipts), fingerprint=fingerprint, **more,
+                    shards=[{k: o[k] for k in ("name", "count", "files")} for o in receipts])
+    write_json(out / "manifest.json", manifest)
+    return manifest
+
 def pack(
     out: str | Path,    # the directory, made if it is not there
     fingerprint: dict,  # what every shard depends on
@@ -153,12 +167,9 @@ def pack(
     done = [_finished(out, name, origin) for (name, _, _), origin in zip(sources, origins)]
     bar.update(sum(o["count"] for o in done if o))
     for i, (name, _, make) in enumerate(sources): done[i] = done[i] or write_packed(out, name, *make(), origins[i])
-    count = sum(o["count"] for o in done)
-    if not count: raise ValueError(f"{out}: nothing to pack; no picture has split {fingerprint['split']!r}")
-    first = np.load(out / f"{done[0]['name']}.npy", mmap_mode="r", allow_pickle=False)
-    manifest = dict(kind=fingerprint["kind"], shape=list(first.shape[1:]), dtype=str(first.dtype), count=count,
-                    fingerprint=fingerprint, shards=[{k: o[k] for k in ("name", "count", "files")} for o in done])
-    write_json(out / "manifest.json", manifest)
+    if not any(o["count"] for o in done):
+        raise ValueError(f"{out}: nothing to pack; no picture has split {fingerprint['split']!r}")
+    manifest = write_manifest(out, fingerprint, done)
     for stale in out.glob(".*.partial"): stale.unlink()  # a killed process could not tidy up
     return manifest
 

@@ -11,7 +11,7 @@ __all__ = ['SAMPLERS', 'noise_over_signal', 'shrink', 'look', 'enter', 'euler', 
 import math
 from collections.abc import Callable, Iterator
 import torch
-from .noise import NoiseSchedule
+from .noise import FLOOR, NoiseSchedule
 from .walk import State, ask, ddim, ddpm, fresh_noise, perfect_eps, walk
 
 # %% ../../nbs/22a_diffusion.samplers.ipynb #6769e152
@@ -103,7 +103,7 @@ def heun(
     y, steps = enter(x, schedule, ts, abar_end)
     for i, t, s, s_next in steps:
         eps, x0 = look(eps_model, y, t, s)
-        if i + 1 < len(steps):
+        if i + 1 < len(steps) and s < noise_over_signal(FLOOR):
             there, _ = look(eps_model, y + (s_next - s) * eps, steps[i + 1][1], s_next)
             eps = (eps + there) / 2
         y = y + (s_next - s) * eps

@@ -7,21 +7,25 @@ __all__ = ['describe', 'main']
 
 # %% ../../nbs/45_train.__main__.ipynb #9d8f4750
 import json
+import os
 import sys
 
 from ..config import Config, config_from_args, count_parameters, one_line_errors
+from .budget import budget
+from .guard import STOPPED
 from .parallel import is_main, world
 from .stages import minutes_of, stages_to_train, train
 
 # %% ../../nbs/45_train.__main__.ipynb #c8589931
 def describe(
     config: Config  # the run
-) -> str:  # JSON: settings, parameters of each network, plan
+) -> str:  # JSON: settings, parameters of each network, plan with memory and time
     "Say what a run would do"
     plan = {}
     for name in stages_to_train(config):
         recipe = config.recipe(name)
         plan[name] = dict(steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, minutes=minutes_of(config, name))
+        plan[name] |= budget(config, name)
     return json.dumps(dict(config=config.to_dict(), parameters=count_parameters(config), plan=plan), indent=2)
 
 # %% ../../nbs/45_train.__main__.ipynb #7b193c0e
@@ -34,12 +38,12 @@ def main(
         words = sys.argv[1:] if args is None else args
         config = config_from_args(words[1:] if words[:1] == ["--"] else words, prog)
         if config.dry_run:
-            print(describe(config))
+            if os.environ.get("RANK", "0") == "0": print(describe(config))
             return 0
         with world() as w:
             complete = train(config, w)
             if is_main(w): print(f"{'complete' if complete else 'stopped; the same command resumes'}: {config.run}")
-        return 0 if complete else 130
+        return 0 if complete else STOPPED
 
 # %% ../../nbs/45_train.__main__.ipynb #451c42aa
 if __name__ == "__main__" and __spec__ is not None: sys.exit(main())  # a notebook has no spec
