@@ -16,7 +16,7 @@ from sd_nb.train.parallel import World
 from sd_nb.train.run import train
 from sd_nb.train.symptoms import (
     EARLY, band, birth_of_nan, check_band, check_latents, check_levels, check_moved, check_noise_scale, gaussian_floor,
-    measure_noise_scale)
+    measure_noise_scale, noise_scale)
 from sd_nb.train.watch import HeldOut
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -123,6 +123,9 @@ def test_nan_that_is_born_from_sound_numbers():
     net = nn.Sequential(nn.Identity(), Root(), nn.Identity())
     assert birth_of_nan(net, torch.tensor([[1.0], [-1.0], [4.0]])) == ("1", [1])
     assert birth_of_nan(net, torch.ones(3, 1)) is None
+    twice = nn.Sequential(Root(), nn.Identity(), nn.Linear(1, 1))
+    twice[2].weight.data[:] = torch.nan
+    assert birth_of_nan(twice, torch.tensor([[-1.0], [1.0]])) == ("0", [0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,6 +166,8 @@ def test_the_noise_scale_is_the_true_one(w):
         scale = measure_noise_scale(bowl, [bowl.w], [(torch.randn(b, 100, generator=g),) for _ in range(100)])
         assert scale == pytest.approx(1 / w**2, rel=0.2)
     assert bowl.w.grad is None
+    for k in (2, 10): assert noise_scale(3.0 + 60 / 8, 3.0 + 60 / (8 * k), 8, k) == pytest.approx(20)
+    assert noise_scale(1.0, 0.1, 8, 10) == float("inf")
     assert [check_noise_scale(s, 16).mark for s in (1.0, 16.0, 1000.0, float("inf"))] == ["note", "ok", "note", "note"]
 
 

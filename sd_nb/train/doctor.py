@@ -71,7 +71,7 @@ def refilled(
         return replace(default, **{k: refilled(getattr(default, k), v) for k, v in stored.items()})
     if isinstance(default, dict) and default:
         return {k: refilled(next(iter(default.values())), v) for k, v in stored.items()}
-    return tuple(stored) if isinstance(default, tuple) else stored
+    return stored
 
 
 def read_config(

@@ -90,7 +90,7 @@ def birth_of_nan(
 
     def watch(name):
         def look(module, inputs, output):
-            if found or not isinstance(output, Tensor): return
+            if not isinstance(output, Tensor): return
             bad = ~output.isfinite().reshape(len(output), -1).all(1)
             if bad.any(): found.append((name, bad.nonzero()[:, 0].tolist()))
         return look
