@@ -27,7 +27,7 @@ from .gate import ENOUGH, gate, latent_sums, pixel_sums
 from .images import crop, find_shards, read_shard
 from .kept import is_clean, read_clean
 from .latents import (
-    _check_finite, _encode, _encoder_fingerprint, _expected, _finished, broken_files, describe, sha256_of,
+    _check_finite, _encode, encoder_fingerprint, _expected, _finished, broken_files, describe, sha256_of,
     write_manifest, write_packed)
 from ..interop import load_autoencoder
 from ..model.autoencoder import Autoencoder
@@ -140,7 +140,7 @@ class Encoding:
     def __post_init__(self):
         self.source, self.out = Path(self.source), Path(self.out)
         if self.batch < 1: raise ValueError(f"a batch of {self.batch} pictures is none; 1 is the least")
-        self.jobs, known = find_jobs(self.source), _encoder_fingerprint(self.autoencoder)
+        self.jobs, known = find_jobs(self.source), encoder_fingerprint(self.autoencoder)
         self.shapes = {job: sorted(shapes_of(job, self.size)) for job in self.jobs}
         self.scale, self.places, factor = self.autoencoder.config.scale, {}, self.autoencoder.factor
         for w, h in sorted(set().union(*self.shapes.values())):

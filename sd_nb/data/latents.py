@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NUMBER', 'SCHEMA', 'HashedFile', 'sha256_of', 'broken_files', 'write_json', 'describe', 'to_float',
-           'write_packed', 'write_manifest', 'pack', 'pack_pixels', 'read_manifest', 'weights_digest', 'pack_latents',
-           'sample_latents', 'unit_scale']
+           'write_packed', 'write_manifest', 'pack', 'pack_pixels', 'read_manifest', 'weights_digest',
+           'encoder_fingerprint', 'pack_latents', 'sample_latents', 'unit_scale']
 
 # %% ../../nbs/34_data.latents.ipynb #a53b193b
 import hashlib, json, os, warnings
@@ -208,7 +208,9 @@ def weights_digest(
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def _encoder_fingerprint(autoencoder) -> dict:
+def encoder_fingerprint(
+    autoencoder,  # an `Autoencoder`
+) -> dict:        # JSON-ready
     "Identify an autoencoder by what its moments depend on"
     config = json.loads(json.dumps(asdict(autoencoder.config)))  # tuples become lists, as they do in a manifest
     return dict(autoencoder=weights_digest(autoencoder), config={k: v for k, v in config.items() if k != "scale"})
@@ -277,7 +279,7 @@ def pack_latents(
             _check_finite(moments, rows, source)
             return moments, rows
         sources = [(name, checksum, partial(_make, make)) for name, checksum, make in shards]
-        fingerprint = dict(kind="latents", size=size, split=split, **_encoder_fingerprint(autoencoder))
+        fingerprint = dict(kind="latents", size=size, split=split, **encoder_fingerprint(autoencoder))
         return pack(out, fingerprint, sources, bar)
 
 # %% ../../nbs/34_data.latents.ipynb #0e64a58f

@@ -16,10 +16,11 @@ import tyro
 from torch import Tensor, nn
 
 from ..config import PRESETS, Config
-from ..data.loader import Packed, batch_indices
+from ..data.loader import batch_indices
 from . import checkpoint
 from .parallel import World, find_device
-from .stages import UNetStage, splits
+from .material import packed_latents, splits
+from .stages import UNetStage
 from .symptoms import (
     Verdict, check_band, check_finite, check_latents, check_levels, check_moved, check_noise_scale, check_text,
     check_timesteps, measure_noise_scale)
@@ -103,12 +104,12 @@ def open_patient(
     "Put a run together as its newest checkpoint left it"
     config, newest = read_config(run), checkpoint.latest(run / "checkpoints")
     if newest is None: raise ValueError(f"{run} has no whole checkpoint of the UNet: train until --save-every")
-    stage = UNetStage(config, World(0, 1, 0, find_device()))
+    stage = UNetStage(config, world := World(0, 1, 0, find_device()))
     parts, state = checkpoint.load(newest, verify=False)  # `latest` has just done it
     before = {} if config.init_from else {name: value.clone() for name, value in stage.model.state_dict().items()}
     stage.model.load_state_dict(parts["ema"])
     stage.net.to(stage.device)
-    latents = splits(Packed(run / "cache" / "latents"))[1]
+    latents = splits(packed_latents(config, world, stage.autoencoder))[1]
     keys = latents.meta["key"].take(spread_out(len(latents), count)).to_pylist()
     losses = [row["loss"] for row in _rows(run / "metrics.jsonl") if "loss" in row][-5:]
     gradient = config.recipe("unet").batch, stage.net, some_batches(stage, config, state["step"])
