@@ -205,4 +205,5 @@ def test_an_honest_name(web):
 def test_retry_after():
     assert [seconds_of(said) for said in (None, "", "3", " 3 ", "-3", "1e9", "nan", "inf", "\u0663", "9" * 99, "tomorrow")] == [
         0, 0, 3, 3, 0, 0, 0, 0, 0, 0, 0]
+    assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert 3500 < seconds_of(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))) <= 3600
