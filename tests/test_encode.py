@@ -243,7 +243,7 @@ def test_fault_24_latents_that_are_not_finite_are_refused(shards, samples, tmp_p
         net.quant.bias.data[0] = poison
         with pytest.raises(ValueError, match=f"the latents of '{samples[0].key}' are not finite"):
             run(Encoding(shards, tmp_path / "z", net, 32))
-        assert not list((tmp_path / "z").iterdir())
+        assert not list((tmp_path / "z").glob("*0*"))
 
 
 LIMITED = """
@@ -268,7 +268,7 @@ def test_fault_34_out_of_memory_leaves_nothing_corrupt(samples, autoencoder, tmp
     said = starved.communicate(timeout=300)[0]
     assert starved.returncode == 2 and said.count("\n") == 1, said
     assert "error: out of memory with batches of 24: finished shards stay, a smaller --batch goes on" in said
-    assert sorted(o.name for o in (tmp_path / "z").iterdir()) == ["00000.json", "00000.npy", "00000.parquet"]
+    assert sorted(o.name for o in (tmp_path / "z").iterdir()) == [".lock", "00000.json", "00000.npy", "00000.parquet"]
     fed = command(*ENCODE, *args)
     assert fed.wait(timeout=300) == 0
     run(Encoding(tmp_path / "shards", tmp_path / "whole", autoencoder, 256, batch=24))
@@ -303,6 +303,26 @@ def test_fault_23_torn_and_damaged_shards_are_made_again(shards, autoencoder, wh
     assert contents(tmp_path / "z") == contents(whole)
     (tmp_path / "z" / "00001.npy").write_bytes(b"torn")
     with pytest.raises(ValueError, match="00001 is damaged"): gather(encoding)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sd_nb.data.encode import claim
+with claim(Path(sys.argv[1]), range(4, 5)): print("held", flush=True); time.sleep(600)
+"""
+
+
+def test_fault_27_a_second_run_on_the_same_shards_is_refused(shards, autoencoder, whole, tmp_path):
+    "Whoever has one of them to itself keeps the others' hands off, and only from that one; its death lets go"
+    encoding = Encoding(shards, tmp_path, autoencoder, 32, batch=3)
+    holder = command("-c", HOLDER, tmp_path)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another process is at work on the same shards"): encode_share(encoding, 0, 2, quiet=True)
+    assert sorted(o.name for o in tmp_path.iterdir()) == [".lock"]
+    encode_share(encoding, 1, 2, quiet=True)
+    holder.kill(); holder.communicate()
+    assert contents(run(encoding)) == contents(whole)
 
 
 KILLER = """
