@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 
@@ -269,6 +270,31 @@ def test_fault_18_extended_headers_without_end(tmp_path):
     extended = header("x", 512, tarfile.XHDTYPE) + b"13 comment=x\n".ljust(512, b"\0")
     (tmp_path / "a.tar").write_bytes(extended * 10_000 + bytes(1024))
     with pytest.raises(ValueError, match="a.tar: not a whole tar archive"): list(read_shard(tmp_path / "a.tar"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4))
+def test_fault_17_damage_that_the_headers_vouch_for(damage):
+    "Any bytes changed, and the headers' sums made right again: samples, or one line that can be printed"
+    with tempfile.TemporaryDirectory() as home:
+        path = tar_of(Path(home) / "a.tar", ("é" * 80 + "1.png", png(), {}), ("é" * 80 + "1.txt", b"x", dict(pax_headers=dict(comment="x"))),
+                      ("2.png", png(), {}), ("2.txt", b"y", {}), ("2.json", b"{}", {}))
+        data = bytearray(path.read_bytes())
+        for at, byte in damage: data[at % len(data)] = byte
+        for at in range(0, len(data), 512):
+            if data[at + 257:at + 262] == b"ustar":
+                data[at + 148:at + 156] = b" " * 8
+                data[at + 148:at + 156] = b"%06o\0 " % sum(data[at:at + 512])
+        path.write_bytes(data)
+        try: assert len(list(read_shard(path))) <= 2
+        except ValueError as error: assert "a.tar: " in str(error) and "\n" not in str(error) and str(error).encode()
+
+
+def test_a_name_that_cannot_be_printed_is_no_second_error(tmp_path):
+    "A line break and bytes that are no text, in the name of a sample that has no caption"
+    path = tar_of(tmp_path / "a.tar", ("a\nb\udcff.png", png(), {}))
+    with pytest.raises(ValueError, match="a.tar: a b. has no caption") as error: list(read_shard(path))
+    assert str(error.value).encode()
 
 
 def test_fault_18_the_same_member_twice(tmp_path):

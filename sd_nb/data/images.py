@@ -130,6 +130,10 @@ def _sample(
     return Sample(key, image, caption, meta)
 
 # %% ../../nbs/31_data.images.ipynb #3cb4ffe9
+def _one_line(error: Exception) -> str:
+    "Say an error in one line that can be printed, whatever the names in a shard"
+    return " ".join(str(error).encode(errors="replace").decode().split())
+
 def read_files(
     path: str | Path,     # a .tar or .tar.gz in img2dataset's layout
     images: bool = True,  # False: leave the pictures' bytes out
@@ -140,8 +144,8 @@ def read_files(
         with tarfile.open(path, "r:gz" if Path(path).suffix == ".gz" else "r:", tarinfo=_Header) as tar:
             for key, group in groupby(_members(tar, images), key=lambda member: member[0]): yield key, _files(key, group)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path}: not a whole tar archive ({error})") from error
-    except ValueError as error: raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: not a whole tar archive ({_one_line(error)})") from error
+    except ValueError as error: raise ValueError(f"{path}: {_one_line(error)}") from error
 
 def read_shard(
     path: str | Path,      # a .tar or .tar.gz in img2dataset's layout
@@ -153,7 +157,7 @@ def read_shard(
     for key, files in read_files(path, images):
         if keys is not None and key not in keys: continue
         try: yield _sample(key, least | files, images)
-        except ValueError as error: raise ValueError(f"{path}: {error}") from error
+        except ValueError as error: raise ValueError(f"{path}: {_one_line(error)}") from error
 
 # %% ../../nbs/31_data.images.ipynb #00195893
 def read_shards(
