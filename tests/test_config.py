@@ -30,7 +30,7 @@ def test_to_dict_is_json():
 @pytest.mark.parametrize("words, culprit", [
     ("", "unknown preset ''"), ("huge", "unknown preset 'huge'"), ("tiny --colour 3", "--colour"), ("tiny --batch many", "--batch"),
     ("tiny --stage decoder", "--stage"), ("tiny --size 100", "--size 100"), ("tiny --steps 0", "--steps 0"), ("tiny --minutes -1", "--minutes -1"), ("tiny --minutes nan", "--minutes nan"),
-    ("tiny --unet.d-context 5", "--unet.d-context 5")])
+    ("tiny --unet.d-context 5", "--unet.d-context 5"), ("tiny --size 32", "--clip.image.size 64 must equal --size 32")])
 def test_mistakes_are_one_line_and_exit_code_2(words, culprit, capsys):
     "A mistake on the command line ends with exit code 2 and one line that names it"
     with pytest.raises(SystemExit) as stop, one_line_errors("train"): config_from_args(words.split(), "train")
@@ -61,6 +61,14 @@ def test_check_compares_networks():
 def test_recipes_that_cannot_work_are_refused(words, message):
     "One line that names the flag"
     with pytest.raises(ValueError, match=message): config_from_args(["tiny", *words], "train")
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_clip_sees_the_pictures_of_the_run(preset):
+    "The three networks of every preset fit one size of pictures; an autoencoder alone may have another"
+    config = PRESETS[preset]
+    assert config.clip.image.size == config.size
+    check(replace(config, size=2 * config.size, stage="autoencoder"))
 
 
 def test_gamma_may_be_none():

@@ -23,13 +23,13 @@ def test_every_preset_survives_a_file(tmp_path, preset, name, write):
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     "Numbers, switches both ways, lists, nothing: the flag is the last word wherever it stands"
-    text = "size: 32\nlr: 1e-4\ngamma: 3\nzero_snr: false\nprediction: x0\nunet: {width: 32, linear_proj: true, mults: [1, 2, 2]}\nrecipes: {clip: {steps: 7}}"
+    text = "warmup: 32\nlr: 1e-4\ngamma: 3\nzero_snr: false\nprediction: x0\nunet: {width: 32, linear_proj: true, mults: [1, 2, 2]}\nrecipes: {clip: {steps: 7}}"
     file = read(tmp_path, text)
-    assert (file.size, file.lr, file.gamma, file.zero_snr, file.unet.width, file.unet.linear_proj, file.unet.mults) == (32, 1e-4, 3.0, False, 32, True, (1, 2, 2))
+    assert (file.warmup, file.lr, file.gamma, file.zero_snr, file.unet.width, file.unet.linear_proj, file.unet.mults) == (32, 1e-4, 3.0, False, 32, True, (1, 2, 2))
     assert file.recipe("clip").steps == 7 and file.recipe("clip").batch == PRESETS["tiny"].recipe("clip").batch
-    flags = read(tmp_path, text, "--gamma", "None", "--zero-snr", "--unet.no-linear-proj", "--unet.mults", "1", "1", "1", "--size", "64")
-    assert (flags.size, flags.lr, flags.gamma, flags.zero_snr, flags.unet.linear_proj, flags.unet.mults) == (64, 1e-4, None, True, False, (1, 1, 1))
-    assert config_from_args(["tiny", "--size", "64", f"--config={tmp_path / 'mine.yaml'}"], "train").size == 64
+    flags = read(tmp_path, text, "--gamma", "None", "--zero-snr", "--unet.no-linear-proj", "--unet.mults", "1", "1", "1", "--warmup", "64")
+    assert (flags.warmup, flags.lr, flags.gamma, flags.zero_snr, flags.unet.linear_proj, flags.unet.mults) == (64, 1e-4, None, True, False, (1, 1, 1))
+    assert config_from_args(["tiny", "--warmup", "64", f"--config={tmp_path / 'mine.yaml'}"], "train").warmup == 64
 
 
 @pytest.mark.parametrize("text, culprit", [
