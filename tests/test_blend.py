@@ -6,10 +6,15 @@ from math import gcd
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from test_encode import MODEL, clean, run
 from test_loader_faults import numbers, pack
 
 from sd_nb.data.blend import Blend, Buckets, bucket_turn, open_packed, seed_of, turns, whole
+from sd_nb.data.emoji import embedded
+from sd_nb.data.encode import Encoding
+from sd_nb.data.images import read_shards
 from sd_nb.data.loader import Packed, rank_slice
+from sd_nb.interop import load_autoencoder
 
 SEEDS = st.integers(0, 2**63)
 
@@ -130,6 +135,17 @@ def test_a_batch_of_buckets_has_one_shape(buckets):
         shapes[seen.pop()] += 1
     assert set(shapes) == {(4, 12, 4), (4, 8, 8), (4, 4, 12), (4, 4, 16)}
     assert [len(o) for o in buckets.sets] == [3, 26, 11, 8] and abs(shapes[4, 8, 8] - 200 * 26 / 48) < 4
+
+
+def test_what_encoding_leaves_behind_is_opened(tmp_path):
+    "From a cleaned table of wide and tall pictures to batches of latents with their captions"
+    (samples, autoencoder) = [o for _, o in zip(range(24), read_shards(embedded()))], load_autoencoder(MODEL).eval()
+    kept, _ = clean(samples, tmp_path)
+    data = open_packed(run(Encoding(tmp_path / "clean", tmp_path / "z", autoencoder, batch=4)), verify=True)
+    assert isinstance(data, Buckets) and [o.shape for o in data.sets] == [(8, 12, 8), (8, 8, 12)] and len(data) == len(kept) == 22
+    rows = [data.draw(step, 4, 0) for step in range(sum(n // 4 for n in data.sizes))]  # the first epoch
+    assert {data[o].shape for o in rows} == {(4, 8, 12, 8), (4, 8, 8, 12)} and len(np.unique(rows)) == 4 * len(rows)
+    assert sorted(data.captions) == sorted(f"clean {o.caption}" for o in kept)
 
 
 def test_joined_rows_are_the_sets_rows(sets, buckets):

@@ -129,6 +129,16 @@ def test_fault_25_the_network_at_home(web, host):
     assert get(f"http://{host}/") == get(web.redirect(f"http://{host}/")) == "private address"
 
 
+@pytest.mark.parametrize("address, public", [
+    ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True), ("2002:808:808::1", True),
+    ("ff0e::1", False), ("fec0::1", False), ("4000::1", False), ("2001:0:808:808::1", False), ("2001:db8::1", False), ("fe80::1%eth0", False),
+    ("64:ff9b::a00:1", False), ("2002:a00:1::", False), ("::ffff:169.254.169.254", False), ("::", False), ("239.1.1.1", False),
+    ("192.0.2.1", False), ("198.18.0.1", False), ("240.0.0.1", False), ("100.127.255.255", False)])
+def test_fault_25_which_numbers_are_public(address, public):
+    """The registries of special addresses, and what gateways unpack."""
+    assert is_public(address) is public
+
+
 def test_fault_25_names_that_lie(web):
     """A name that leads here is refused, also among public ones, also when only the second answer does; a public one is fine."""
     names = Names(**{"good.test": [PUBLIC], "home.test": [PRIVATE], "both.test": [PRIVATE, "::1"],
@@ -141,6 +151,21 @@ def test_fault_25_names_that_lie(web):
     assert get(f"http://rebind.test:{web.port}/good.jpg", resolver=names) == "private address"
     assert get(f"http://away.test:{web.port}/good.jpg", resolver=names) == "no such host"
     assert [address for address, _ in web.asked[before:]] == [PUBLIC]
+
+
+def test_fault_25_a_name_server_that_is_busy(web):
+    """"Ask again" is asked again; "no such name" is not."""
+    class Busy(Names):
+        async def resolve(self, host, port=0, family=socket.AF_INET):
+            if self.asked.count(host) < 2:
+                self.asked.append(host)
+                raise socket.gaierror(socket.EAI_AGAIN, "try again")
+            return await super().resolve(host, port, family)
+
+    names = Busy(**{"good.test": [PUBLIC]})
+    assert get(f"http://good.test:{web.port}/good.jpg", resolver=names) == pictures()["good.jpg"]
+    nobody = Names()
+    assert get("http://good.test/", resolver=nobody) == "no such host" and len(nobody.asked) == 1
 
 
 @pytest.mark.parametrize("number, may", list(enumerate(ROBOTS.values())), ids=list(ROBOTS))

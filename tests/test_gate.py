@@ -67,6 +67,14 @@ def test_unnormalised_pixels_are_refused(autoencoder, pixels, name, spoil):
     assert "\n" not in str(error.value)
 
 
+def test_what_the_gate_does_not_see(autoencoder, pixels):
+    "Pixels in [-0.5, 0.5]: the notebook says that these pass, and that the decoded pictures are hardly wrong"
+    bad = encode(autoencoder, to_float(pixels) / 2)
+    gate(sums_of(autoencoder, bad, pixels), autoencoder.config.scale, "set")
+    with torch.no_grad(): decoded = autoencoder.decode(torch.tensor(bad[:, :4]).float())
+    assert (decoded - to_float(pixels)).abs().mean() < 0.1
+
+
 def test_an_untrained_autoencoder_is_refused(autoencoder, pixels):
     "Its latents may be of any size; its pictures are not the pictures"
     torch.manual_seed(0)

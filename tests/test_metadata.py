@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from sd_nb.config import parse
 from sd_nb.data import metadata
 from sd_nb.data.funnel import read_funnel
 from sd_nb.data.metadata import Filter
@@ -237,6 +238,26 @@ def test_every_known_table_comes_out_under_our_names(tmp_path, schema):
     assert list(row)[:2] == ["url", "caption"] and len({name.lower() for name in row}) == len(row)
 
 
+def test_a_safety_score_may_be_a_word(tmp_path):
+    "LAION-400M's labels are a scale from 0 to 1, in any capitals; numbers in text are numbers; anything else is no score"
+    labels = ["UNLIKELY", "unsure", "NSFW", "0.1", "0.9", "?", None, "nan"]
+    (tmp_path / "in").mkdir()
+    table = dict(url=[f"http://a/{i}" for i in range(8)], caption=[f"c{i}" for i in range(8)], safety=labels)
+    pq.write_table(pa.table(table), tmp_path / "in" / "a.parquet")
+    Filter(str(tmp_path / "in"), tmp_path / "out", **{**OFF, "unsafe": 0.4}).run()
+    assert [row["safety"] for row in kept(tmp_path / "out")] == [0.0, 0.1]
+    assert read_funnel(tmp_path / "out")[-1]["dropped"] == {"no safety": 3, "unsafe": 3}
+
+
+def test_the_command_line():
+    "Flags become settings; None switches a rule off; a schema must be a known one"
+    words = "in out --schema pd12m --aesthetic None --language en de --allow-missing --no-unique-captions --block b.txt"
+    got = parse(Filter, words.split(), "sd-nb data filter")
+    assert got == Filter("in", Path("out"), "pd12m", aesthetic=None, language=("en", "de"), allow_missing=True, unique_captions=False,
+                         block=Path("b.txt"))
+    with pytest.raises((ValueError, SystemExit)): parse(Filter, ["in", "out", "--schema", "laion"], "sd-nb data filter")
+
+
 def test_rows_without_an_address_are_not_doubles_of_each_other(tmp_path):
     "Where a set has no addresses, there is no rule about them"
     (tmp_path / "in").mkdir()
@@ -389,10 +410,10 @@ def test_a_table_broken_inside_is_one_clear_line(tmp_path):
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.parametrize("given, words", [(dict(memory="plenty"), "[Mm]emory"), (dict(threads=0), "thread"), (dict(block=Path("nowhere.txt")), "nowhere.txt")])
+@pytest.mark.parametrize("given, words", [(dict(memory="plenty"), "[Mm]emory"), (dict(threads=0), "thread"), (dict(aesthetic=math.nan), "--aesthetic nan"), (dict(max_aspect=math.inf), "--max-aspect inf"), (dict(block=Path("nowhere.txt")), "nowhere.txt")])
 def test_settings_that_make_no_sense(tmp_path, given, words):
     "One line about the setting, and nothing is left behind"
-    source = write(tmp_path / "in", [dict(url="http://a/1", caption="a cat")])
+    source = write(tmp_path / "in", [dict(url="http://a/1", caption="a cat", aesthetic=7.0, width=1, height=1)])
     with pytest.raises((ValueError, OSError), match=words) as error: run(source, tmp_path / "out", **given)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["in"]
 

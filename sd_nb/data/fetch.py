@@ -42,7 +42,7 @@ def is_public(
     if ip.version == 4: return ip.is_global and not ip.is_multicast
     carried = ip.ipv4_mapped or ip.sixtofour or (ip in NAT64 and ip_address(int(ip) & 0xFFFFFFFF))
     if carried: return is_public(str(carried))
-    return ip in UNICAST and ip.is_global and not ip.teredo
+    return ip in UNICAST and ip.is_global
 
 # %% ../../nbs/32b_data.fetch.ipynb #9e7c8ea8
 class Private(OSError):
@@ -85,7 +85,7 @@ def open_session(
                                      socket_factory=gate(rules.permitted))
     headers = {"User-Agent": rules.agent, "Accept": "image/*", "Accept-Encoding": "identity"}
     return ClientSession(connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(),
-                         timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10, rules.seconds)))
+                         timeout=aiohttp.ClientTimeout(total=None))  # `attempt` looks at the clock
 
 # %% ../../nbs/32b_data.fetch.ipynb #0e123baf
 HARMLESS = {"all", "index", "follow", "nofollow", "noarchive", "nocache", "nosnippet", "notranslate", "noodp", "noydir",

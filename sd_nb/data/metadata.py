@@ -200,6 +200,8 @@ def complaint(self: Filter, file: File, rule: Rule, name: str) -> str:
 def settings_of(self: Filter, rules: list[Rule]) -> dict:
     "Collect what the rules' SQL has a $ before"
     given = {rule.setting: getattr(self, rule.setting) for rule in rules if rule.setting}
+    for name, o in given.items():
+        if isinstance(o, float) and not math.isfinite(o): raise ValueError(f"--{name.replace('_', '-')} {o}: name a number")
     if "block" in given: given["block"] = block_pattern(self.block)
     if "language" in given: given["language"] = [o.lower() for o in self.language]
     return given
