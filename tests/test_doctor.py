@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from few import few_shards, small_config
+from PIL import Image
 from torch import nn
 
 from sd_nb.config import PRESETS
@@ -15,7 +16,8 @@ from sd_nb.train.doctor import Doctor, Patient, diagnose, open_patient, preset_o
 from sd_nb.train.parallel import World
 from sd_nb.train.run import train
 from sd_nb.train.symptoms import (
-    EARLY, band, birth_of_nan, check_band, check_latents, check_levels, check_moved, check_noise_scale, gaussian_floor,
+    EARLY, band, birth_of_nan, check_band, check_latents, check_levels, check_moved, check_noise_scale, check_skipped,
+    gaussian_floor,
     measure_noise_scale, noise_scale)
 from sd_nb.train.watch import HeldOut
 
@@ -128,6 +130,14 @@ def test_nan_that_is_born_from_sound_numbers():
     assert birth_of_nan(twice, torch.tensor([[-1.0], [1.0]])) == ("0", [0])
 
 
+def test_a_picture_that_spoils_steps_is_named(healthy):
+    "Skipped steps are counted; a picture that was in all of them is named, one that was in some is not"
+    rows = [dict(step=s, loss=0.5) for s in range(20)] + [dict(step=s, skipped="not finite", keys=["a", f"b{s}", "c" if s else "d"]) for s in range(3)]
+    verdict = next(v for v in diagnose(replace(healthy, rows=rows)) if v.about == "steps")
+    assert verdict.mark == "bad" and "3 had" in verdict.reason and verdict.reason.endswith("each held 'a'")
+    assert [check_skipped(rows[:n]).mark for n in (20, 21)] == ["ok", "note"] and check_skipped(rows[21:]).reason.endswith("'a', 'c'")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
 def test_the_floor_is_what_the_best_line_leaves(kind, s):
@@ -207,11 +217,11 @@ def examine(run, capsys):
 
 
 def test_the_command_examines_a_run_and_changes_nothing(run, capsys):
-    "A young run has no illness, all eight questions are asked, and every file stays as it was"
+    "A young run has no illness, all nine questions are asked, and every file stays as it was"
     files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     code, marks, _ = examine(run, capsys)
     assert code == 0 and "bad" not in marks.values() and marks["text"] == "note"
-    assert set(marks) == {"latents", "finite", "weights", "learning", "text", "timesteps", "batch", "loss"}
+    assert set(marks) == {"latents", "finite", "weights", "learning", "text", "timesteps", "batch", "loss", "steps"}
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
 
 
@@ -247,7 +257,7 @@ def test_the_command_names_a_learning_rate_of_zero(run, tmp_path, capsys):
     from sd_nb.train.stages import UNetStage
     from sd_nb.train.trainer import Trainer
     stage = UNetStage(still, ALONE)
-    stage.preview = stage.export = lambda path: None
+    stage.preview, stage.export = lambda path: Image.new("RGB", (2, 2)).save(path), lambda path: None
     assert Trainer(stage, still, ALONE).fit()
     code, marks, lines = examine(tmp_path, capsys)
     assert code == 1 and marks["weights"] == "bad" and "0 of" in lines[2] and "learning rate" in lines[2]

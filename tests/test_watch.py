@@ -102,7 +102,7 @@ def test_hold_out_takes_latents_that_the_stage_would_train_on(tmp_path):
         def __len__(self): return 5
         def __getitem__(self, rows): return moments[rows]
     stage = SimpleNamespace(autoencoder=parts.autoencoder, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, device="cpu",
-                            net=SimpleNamespace(schedule=SCHEDULE, prediction="v"))
+                            sampling=SimpleNamespace(prediction="v"), net=SimpleNamespace(schedule=SCHEDULE))
     held_out = hold_out(stage, Latents(), count=3)
     assert held_out.x0[:, 0, 0, 0].tolist() == pytest.approx([0.0, 1.0, 2.0], abs=1e-5) and held_out.kind == "v"  # rows 0, 2, 4 at scale 0.5
     with torch.no_grad(): words = parts.text_encoder(parts.tokenizer([CAPTIONS[i] for i in (0, 2, 4)]))

@@ -21,10 +21,10 @@ from . import checkpoint
 from .parallel import World, find_device
 from .material import packed_latents, splits
 from .stages import UNetStage
+from .step import Draws
 from .symptoms import (
-    Verdict, check_band, check_finite, check_latents, check_levels, check_moved, check_noise_scale, check_text,
-    check_timesteps, measure_noise_scale)
-from .trainer import Draws
+    Verdict, check_band, check_finite, check_latents, check_levels, check_moved, check_noise_scale, check_skipped,
+    check_text, check_timesteps, measure_noise_scale)
 from .watch import HeldOut, hold_out, spread_out
 from ..viz import _rows
 
@@ -42,7 +42,7 @@ class Patient:
     before: dict[str, Tensor] = field(default_factory=dict)  # weights that the run began with, where they are known
     after: dict[str, Tensor] = field(default_factory=dict)  # live weights now
     preset: str | None = None  # whose loss is known
-    loss: float | None = None  # of the last logged steps
+    rows: list[dict] = field(default_factory=list)  # of the log
 
 
 def diagnose(
@@ -51,6 +51,7 @@ def diagnose(
     "Ask all questions"
     found = [check_latents(o.held.x0, o.keys), check_finite(o.model, o.held, o.keys)]
     if o.before: found.append(check_moved(o.before, o.after))
+    if o.rows: found.append(check_skipped(o.rows))
     if found[1].mark == "bad": return found
     levels = o.held.errors(o.model).mean(1)
     right = levels.mean().item()
@@ -59,7 +60,8 @@ def diagnose(
     if o.batches:
         parameters = [p for p in o.model.parameters() if p.requires_grad]
         found.append(check_noise_scale(measure_noise_scale(o.net, parameters, o.batches), o.batch))
-    if o.loss is not None: found.append(check_band(o.preset, o.step, o.loss))
+    losses = [row["loss"] for row in o.rows if "loss" in row][-5:]
+    if losses: found.append(check_band(o.preset, o.step, float(np.mean(losses))))
     return found
 
 # %% ../../nbs/47_train.doctor.ipynb #aed4ecff
@@ -72,7 +74,7 @@ def refilled(
         return replace(default, **{k: refilled(getattr(default, k), v) for k, v in stored.items()})
     if isinstance(default, dict) and default:
         return {k: refilled(next(iter(default.values())), v) for k, v in stored.items()}
-    return stored
+    return tuple(stored) if isinstance(default, tuple) else stored
 
 
 def read_config(
@@ -111,11 +113,9 @@ def open_patient(
     stage.net.to(stage.device)
     latents = splits(packed_latents(config, world, stage.autoencoder))[1]
     keys = latents.meta["key"].take(spread_out(len(latents), count)).to_pylist()
-    losses = [row["loss"] for row in _rows(run / "metrics.jsonl") if "loss" in row][-5:]
     gradient = config.recipe("unet").batch, stage.net, some_batches(stage, config, state["step"])
-    loss = float(np.mean(losses)) if losses else None
     return Patient(stage.model, hold_out(stage, latents, count), keys, state["step"], *gradient, before, parts["model"],
-                   preset_of(config), loss)
+                   preset_of(config), _rows(run / "metrics.jsonl"))
 
 
 def some_batches(
