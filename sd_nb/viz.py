@@ -188,7 +188,7 @@ ROWS = {  # the parts that stand under the map, in reading order; "; " begins a 
              "44 train.stages, 44a train.budget, 44b train.run; 45 train.__main__, 46 train.watch, "
              "46a train.symptoms, 47 train.doctor, 48 train.report",
     "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora; 54 convert, 55 download",
-    "use": "00 config, 01 viz, 51 pipeline, 51a edit, 52 demo, 52a generate, 53 cli",
+    "use": "00 config, 00a settings, 01 viz, 51 pipeline; 51a edit, 52 demo, 52a generate, 53 cli",
 }
 
 def _lines():
