@@ -89,6 +89,7 @@ def test_any_number_of_processes_gives_the_same_bytes(shards, autoencoder, whole
     assert contents(run(Encoding(shards, tmp_path / "z", autoencoder, 32, batch=3), world)) == contents(whole)
 
 
+@pytest.mark.slow
 def test_real_processes_give_the_same_bytes(shards, whole, tmp_path):
     "Two that nobody coordinates: the first is ready before the second begins, and waits"
     args = (*ENCODE, shards, tmp_path / "z", "--size", 32, "--batch", 3)
