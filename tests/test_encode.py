@@ -89,6 +89,7 @@ def test_any_number_of_processes_gives_the_same_bytes(shards, autoencoder, whole
     assert contents(run(Encoding(shards, tmp_path / "z", autoencoder, 32, batch=3), world)) == contents(whole)
 
 
+@pytest.mark.slow
 def test_real_processes_give_the_same_bytes(shards, whole, tmp_path):
     "Two that nobody coordinates: the first is ready before the second begins, and waits"
     args = (*ENCODE, shards, tmp_path / "z", "--size", 32, "--batch", 3)
@@ -263,15 +264,15 @@ def test_fault_34_out_of_memory_leaves_nothing_corrupt(samples, autoencoder, tmp
     for name, part in (("a", samples[:1]), ("b", samples[1:])): write_shards(part, tmp_path / name, per_shard=24)
     (tmp_path / "shards").mkdir()
     for i, name in enumerate("ab"): (tmp_path / name / "00000.tar").rename(tmp_path / "shards" / f"0000{i}.tar")
-    args = (tmp_path / "shards", tmp_path / "z", "--size", 256, "--batch", 24)
-    starved = command("-c", LIMITED, 400, *args)
+    args = (tmp_path / "shards", tmp_path / "z", "--size", 384, "--batch", 24)
+    starved = command("-c", LIMITED, 800, *args)
     said = starved.communicate(timeout=300)[0]
     assert starved.returncode == 2 and said.count("\n") == 1, said
     assert "error: out of memory with batches of 24: finished shards stay, a smaller --batch goes on" in said
     assert sorted(o.name for o in (tmp_path / "z").iterdir()) == [".lock", "00000.json", "00000.npy", "00000.parquet"]
     fed = command(*ENCODE, *args)
     assert fed.wait(timeout=300) == 0
-    run(Encoding(tmp_path / "shards", tmp_path / "whole", autoencoder, 256, batch=24))
+    run(Encoding(tmp_path / "shards", tmp_path / "whole", autoencoder, 384, batch=24))
     assert contents(tmp_path / "z") == contents(tmp_path / "whole")
 
 
