@@ -62,6 +62,7 @@ class Config:
     clip_norm: float = 1.0  # largest norm of the gradient
     bad_steps: int = 10  # steps in a row whose loss or gradient is not finite that end the run; fewer are skipped
     ema: float = 0.9999  # decay of the averaged weights that are sampled from
+    posthoc: int = 0  # steps between snapshots from which averages of any length can be computed later; 0: none
     drop_text: float = 0.1  # part of the captions replaced by the empty prompt, for classifier-free guidance
     prediction: Literal["eps", "v", "x0", "flow"] = "eps"  # UNet's answer: noise, velocity, picture, straight path
     gamma: float | None = 5.0  # Min-SNR's ceiling on the signal-to-noise ratio; None: all timesteps count alike
@@ -120,7 +121,8 @@ def check(
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
-    if config.keep_every < 0: raise ValueError(f"--keep-every {config.keep_every} must be 0 or more")
+    for name in ("keep_every", "posthoc"):
+        if getattr(config, name) < 0: raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or more")
     if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
     if config.accumulate > 1 and config.stage == "clip":
         raise ValueError(f"--accumulate {config.accumulate} would change CLIP's loss, which compares all pictures of a batch")

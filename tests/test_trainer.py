@@ -7,6 +7,8 @@ import pytest
 import torch
 from toy import ALONE, Toy, config, losses, same
 
+from sd_nb.config import Recipe
+from sd_nb.train.posthoc import PowerEMA, reconstruct, stored
 from sd_nb.train.record import Window, rewind_metrics
 from sd_nb.train.trainer import Trainer
 
@@ -89,3 +91,20 @@ def test_rewind_drops_the_future_and_a_torn_line(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"st')
     rewind_metrics(log, 1)
     assert log.read_text() == '{"step": 1}\n'
+
+
+def test_averages_of_any_length_after_the_run(tmp_path):
+    "Snapshots survive a crash, and give the average that was not tracked; without --posthoc there are none"
+    c, recipes = config(tmp_path / "run", posthoc=10), dict(unet=Recipe(steps=120, batch=8, lr=0.01, share=1.0))
+    c = replace(c, recipes=recipes)
+
+    def die(step):
+        if step == 63: raise RuntimeError("power failure")
+    with pytest.raises(RuntimeError): Trainer(Toy(die), c, ALONE).fit()
+    trainer, tracked = Trainer(Toy(), c, ALONE), Trainer(Toy(), replace(c, run=tmp_path / "other", posthoc=0), ALONE)
+    tracked.averages = dict(power=PowerEMA(tracked.stage.model, 0.07))
+    assert trainer.fit() and tracked.fit() and not (tmp_path / "other" / "averages").exists()
+    assert len(stored(tmp_path / "run" / "averages")) == 24
+    found, want = reconstruct(tmp_path / "run" / "averages", 0.07), tracked.averages["power"].state_dict()
+    for name, live in trainer.stage.model.state_dict().items():
+        assert (found[name] - want[name]).norm() < 0.02 * (live - want[name]).norm()
