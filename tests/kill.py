@@ -19,13 +19,18 @@ def child(run, steps, pause):
     os._exit(0)
 
 
+def changed(log):
+    "When the log was last written"
+    return log.stat().st_mtime_ns if log.exists() else None
+
+
 if __name__ == "__main__":
     run, kills, steps, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    moments, hits = random.Random(), 0
+    log, moments, hits = run / "metrics.jsonl", random.Random(), 0
     for _ in range(kills):
-        pid, began = child(run, steps, pause), (run / "metrics.jsonl").exists()
-        while not began and not (run / "metrics.jsonl").exists(): time.sleep(0.01)  # the first start is slow
-        time.sleep(moments.uniform(0.02, 40 * pause))
+        seen, pid = changed(log), child(run, steps, pause)
+        while changed(log) == seen: time.sleep(0.002)  # until it trains: a start cuts the log to the checkpoint
+        time.sleep(moments.uniform(0, 15 * pause))
         os.kill(pid, signal.SIGKILL)
         hits += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     ended = os.waitpid(child(run, steps, 0), 0)[1]

@@ -209,7 +209,7 @@ def receipts(run, step):
     return {name: receipt for name, receipt in files.items() if name.endswith(".safetensors")}, state
 
 
-@pytest.mark.parametrize("kills, steps", [(3, 60), pytest.param(20, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, steps", [(3, 100), pytest.param(20, 500, marks=pytest.mark.slow)])
 def test_fault_02_kill_9_at_random_moments(tmp_path, kills, steps):
     "Killed and started again, a run ends with the bytes of one that was left alone: weights, moments, EMA, position, losses, rates"
     whole = Trainer(Toy(), replace(config(tmp_path / "whole"), steps=steps), ALONE)
@@ -220,7 +220,7 @@ def test_fault_02_kill_9_at_random_moments(tmp_path, kills, steps):
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     hits, ended = map(int, done.stdout.split())
-    assert ended == 0 and hits >= kills / 2  # the others came when the run was complete already
+    assert ended == 0 and hits >= kills / 2  # a late one may find the run complete
     assert receipts(tmp_path / "run", steps) == receipts(tmp_path / "whole", steps)
     logs = [[(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in map(json.loads, open(run / "metrics.jsonl"))]
             for run in (tmp_path / "run", tmp_path / "whole")]

@@ -42,6 +42,15 @@ def test_a_signal_saves_and_resumes(whole, tmp_path, number):
     assert again.fit() and same(again, whole)
 
 
+def test_a_crash_before_the_first_checkpoint_leaves_no_rows(whole, tmp_path):
+    "A run that dies at step 3 starts from nothing, and its log holds every step once"
+    def die(step):
+        if step == 3: raise RuntimeError("power failure")
+    with pytest.raises(RuntimeError): Trainer(Toy(die), config(tmp_path / "run"), ALONE).fit()
+    assert Trainer(Toy(), config(tmp_path / "run"), ALONE).fit()
+    assert losses(tmp_path / "run") == losses(whole.directory)
+
+
 def test_a_damaged_checkpoint_costs_only_itself(whole, tmp_path):
     "With its newest checkpoint damaged, a run goes back one checkpoint and still ends in the same place"
     first = Trainer(Toy(), replace(config(tmp_path / "run"), steps=10), ALONE)

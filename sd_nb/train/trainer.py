@@ -145,7 +145,9 @@ def save(self: Trainer):
 def restore(self: Trainer) -> bool:  # whether there was a checkpoint
     "Continue from the newest checkpoint that verifies"
     newest = checkpoint.latest(self.directory / "checkpoints")
-    if newest is None: return False
+    if newest is None:
+        if is_main(self.world): rewind_metrics(self.directory / "metrics.jsonl", 0)  # killed before the first checkpoint
+        return False
     parts, state = checkpoint.load(newest, verify=False)  # `latest` has just done it
     diff = refuse_changes(state["settings"], self.settings(), self.directory, self.config.allow_changes)
     checkpoint.restore_model(self.stage.model, parts["model"], newest)
