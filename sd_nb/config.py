@@ -80,6 +80,7 @@ class Config:
     timeout: float = 10.0  # minutes that processes wait for one that has fallen silent
     logs: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: tensorboard, wandb, trackio
     init_from: Path | None = None  # model directory to start from: its networks are taken instead of random ones
+    lora: int = 0  # rank of the adapters that are trained instead of all weights; 0: all are trained
     dry_run: bool = False  # print the resolved config and the parameter counts, and stop
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU that has it
     tf32: bool = True  # may a GPU shorten the mantissa of float32 in products?
@@ -121,8 +122,10 @@ def check(
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not value > 0: raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
-    for name in ("keep_every", "posthoc"):
+    for name in ("keep_every", "posthoc", "lora"):
         if getattr(config, name) < 0: raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or more")
+    if config.lora and not (config.init_from and config.stage == "unet"):
+        raise ValueError(f"--lora {config.lora} needs --init-from, a model whose UNet it changes, and --stage unet")
     if not 0 <= config.decay <= 1: raise ValueError(f"--decay {config.decay} must lie between 0 and 1")
     if config.accumulate > 1 and config.stage == "clip":
         raise ValueError(f"--accumulate {config.accumulate} would change CLIP's loss, which compares all pictures of a batch")

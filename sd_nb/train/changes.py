@@ -15,7 +15,7 @@ from ..settings import flat
 FREE = {"run", "config", "allow_changes", "data", "stage", "steps", "minutes", "recipes", "init_from", "dry_run",
         "accumulate", "tf32", "channels_last", "checkpointing", "compile",
         "bad_steps", "keep", "keep_every", "timeout", "logs", "decay", "fall", "log_every", "sample_every", "save_every"}
-FIXED = {"unet", "autoencoder", "clip"}
+FIXED = {"unet", "autoencoder", "clip", "lora"}
 
 # %% ../../nbs/42d_train.changes.ipynb #e8037b43
 def changes(
@@ -24,8 +24,9 @@ def changes(
 ) -> dict[str, tuple]:  # "unet.width" -> (64, 32)
     "List the settings that make it another run"
     old = flat(Config().to_dict()) | flat(before)
+    free = FREE - {"init_from"} if now.get("lora") else FREE
     return {name: (old.get(name), value) for name, value in flat(now).items()
-            if name.partition(".")[0] not in FREE and old.get(name) != value}
+            if name.partition(".")[0] not in free and old.get(name) != value}
 
 # %% ../../nbs/42d_train.changes.ipynb #3d673fed
 def refuse_changes(

@@ -66,7 +66,7 @@ def train(
     for name in stages_to_train(config):
         if name != config.stage and is_exported(name, config.run): continue
         stage = BUILD[name](config, world)
-        if config.init_from: start_from(stage, config.family.load(config.run / "model"), config.init_from)
+        if config.init_from and not config.lora: start_from(stage, config.family.load(config.run / "model"), config.init_from)
         work = 3 * walk(config, name, 1)["forward"]
         if not Trainer(stage, config, world, minutes_of(config, name), work).fit(): return False
     return True

@@ -23,6 +23,7 @@ from ..model.autoencoder import Autoencoder, autoencoder_loss
 from ..model.clip import CLIP, accuracy, contrastive_loss
 from ..model.tokenizer import Tokenizer
 from ..pipeline import StableDiffusion, make_schedule
+from .adapters import Adapters, save_lora
 from .denoising import DenoisingLoss, draw_levels, draw_noise
 from .material import keys_of, packed_latents, packed_pixels, splits
 from .parallel import World, gather_with_grad
@@ -168,11 +169,22 @@ class UNetStage:
         self.count = len(self.latents)
         self.tokens, self.empty = self.tokenizer(self.latents.captions), self.tokenizer("")
         torch.manual_seed(config.seed)
-        self.model = config.family.network(config.unet)
+        self.unet = self.model = config.family.network(config.unet)
         noise = dict(prediction=config.prediction, zero_snr=config.zero_snr)
         self.sampling = replace(config.family.sampling, size=config.size, **noise)
-        self.net = DenoisingLoss(self.model, config, make_schedule(self.sampling))
+        self.net = DenoisingLoss(self.unet, config, make_schedule(self.sampling))
         self.held = hold_out(self, kept)
+        if config.lora: self.adapt(parts)
+
+# %% ../../nbs/44_train.stages.ipynb #00b9e73f
+@patch
+def adapt(
+    self: UNetStage,
+    parts: Path  # model directory with the UNet that is to be changed
+):
+    "Train adapters beside the weights of a finished UNet instead of these weights"
+    interop.fill(self.unet, self.config.family.load(parts).unet.state_dict(), {}, self.config.init_from)
+    self.model = Adapters(self.unet, self.config.lora)
 
 # %% ../../nbs/44_train.stages.ipynb #f184a668
 @patch
@@ -196,7 +208,7 @@ def keys(self: UNetStage, rows: np.ndarray) -> list[str]: return keys_of(self.la
 @patch
 def parts(self: UNetStage) -> interop.Parts:
     "Return the whole model as it stands"
-    return interop.Parts(self.model, self.autoencoder, self.text_encoder, self.tokenizer, self.sampling)
+    return interop.Parts(self.unet, self.autoencoder, self.text_encoder, self.tokenizer, self.sampling)
 
 
 @patch
@@ -208,5 +220,6 @@ def preview(self: UNetStage, path: Path):
 
 @patch
 def export(self: UNetStage, directory: Path):
-    "Write the whole model directory"
-    self.config.family.save(directory, self.parts())
+    "Write the whole model directory, or beside it in `lora/` what was trained"
+    if self.config.lora: save_lora(directory.parent / "lora", self.model)
+    else: self.config.family.save(directory, self.parts())
