@@ -3,13 +3,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy import ALONE, Toy, config
+from test_fault_training import receipts
+from toy import losses
 
-from sd_nb.train.trainer import Trainer
+from sd_nb.train.checkpoint import broken
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")]
@@ -73,3 +73,70 @@ def test_fault_31_a_thousand_steps_leave_nothing_behind(tmp_path, leak, odd):
     grown = {what: growth(seen, what) for what in ("rss", "files", "threads")}
     assert [what for what, limit in (("rss", 2**20), ("files", 0), ("threads", 0)) if grown[what] > limit] == odd, grown
     assert len(list((tmp_path / "samples").iterdir())) == 50 and len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
+STARVED = """
+import resource, sys, traceback
+from dataclasses import replace
+from pathlib import Path
+import torch
+from torch import nn
+from toy import ALONE, Net, Toy, config
+from sd_nb.train import background, checkpoint
+from sd_nb.train.trainer import Trainer
+
+class Wide(Toy):
+    "A toy whose gradients and copies need megabytes"
+    def __init__(self, at_step):
+        super().__init__(at_step)
+        self.model = nn.Sequential(nn.Linear(4, 200_000), nn.SiLU(), nn.Linear(200_000, 2))
+        self.net = Net(self.model)
+
+def eat():
+    "Limit the address space and fill what is left"
+    held = next(int(o.split()[1]) for o in open("/proc/self/status") if o.startswith("VmSize")) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26,) * 2)
+    while True:
+        try: eaten.append(torch.empty(2**18))
+        except RuntimeError: return
+
+def starved(call):
+    "The same call, without memory from the fourth step on"
+    def hungry(*args):
+        if stage.steps > 3 and not eaten: eat()
+        return call(*args)
+    return hungry
+
+run, when, eaten = Path(sys.argv[1]), sys.argv[2], []
+stage = Wide(starved(lambda step: None) if when == "step" else lambda step: None)
+if when == "copy": background.snapshot = starved(background.snapshot)
+if when in ("write_parts", "publish"): setattr(checkpoint, when, starved(getattr(checkpoint, when)))
+try: Trainer(stage, replace(config(run), steps=8, save_every=2), ALONE).fit()
+except (MemoryError, RuntimeError) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    eaten.clear()
+    print(*[frame.name for frame in frames])
+    sys.exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory):
+    "A run that always had memory"
+    run = tmp_path_factory.mktemp("fed") / "run"
+    assert child(STARVED, run, "never").returncode == 0
+    return run
+
+
+@pytest.mark.parametrize("when, where", [("step", "forward"), ("copy", "snapshot"), ("write_parts", "fit"), ("publish", "fit")])
+def test_fault_34_out_of_memory_tears_nothing(tmp_path, fed, when, where):
+    "The address space ends in a step, in the copy for a checkpoint or while it is written: what is there is whole, and the run ends as one that was fed"
+    run = tmp_path / "run"
+    starved = child(STARVED, run, when)
+    assert starved.returncode == 3 and where in starved.stdout.split(), starved.stderr[-2000:]
+    there = list((run / "checkpoints").glob("*"))
+    assert {path.name for path in there} <= {"step-0000002", "step-0000004"} and there and not any(map(broken, there))
+    assert not (run / "model").exists()
+    resumed = child(STARVED, run, "never")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert receipts(run, 8) == receipts(fed, 8) and losses(run) == losses(fed) and len(losses(run)) == 8
