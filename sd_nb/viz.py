@@ -185,9 +185,9 @@ ROWS = {  # the parts that stand under the map, in reading order; "; " begins a 
     "train": "40 train.ema, 40a train.posthoc, 41 train.checkpoint, 41a train.background, 41b train.place, "
              "42 train.parallel; 42a train.step, 42b train.guard, 42c train.speed, 42d train.changes, "
              "42e train.sharding, 42f train.record; 43 train.trainer, 43a train.denoising, 43b train.material, "
-             "44 train.stages, 44a train.budget, 44b train.run; 45 train.__main__, 46 train.watch, "
-             "46a train.symptoms, 47 train.doctor, 48 train.report",
-    "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora; 54 convert, 55 download",
+             "44 train.stages, 44a train.budget, 44b train.run; 44c train.adapters, 45 train.__main__, "
+             "46 train.watch, 46a train.symptoms, 47 train.doctor, 48 train.report",
+    "weights": "50 interop, 50a foreign, 50b seed, 50c single_file, 50d opening, 50e lora; 50f inputs, 54 convert, 55 download",
     "use": "00 config, 00a settings, 01 viz, 51 pipeline; 51a edit, 52 demo, 52a generate, 53 cli",
 }
 
