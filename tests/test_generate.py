@@ -170,13 +170,13 @@ def test_a_megabyte_of_prompts_is_read(tmp_path):
     (["a", "--size", "65536x65536"], "memory"), (["a", "--n", "0"], "--n 0"), (["a", "--spacing", "golden"], "golden"), (["a", "--rescale", "2"], "rescale"), (["a", "--interval", "3", "1"], "interval"),
     (["a", "--mask", "m.png"], "--image"), (["a", "--strength", "0.5"], "--image"), (["a", "--image", "none.png"], "none.png"), (["a", "--lora", "none.safetensors:0.5"], "none.safetensors"),
     (["a", "--like", "none.png"], "none.png"), (["a", "--prompts", "none.txt"], "exclude"), (["--prompts", "none.txt"], "none.txt"), (["a", "--device", "toaster"], "toaster"), (["a", "--colour", "red"], "--colour")])
-def test_mistakes(say, tmp_path, words, culprit):
+def test_fault_26_mistakes(say, tmp_path, words, culprit):
     """Exit code 2, one line that names the culprit, nothing written."""
     refused(say(*words), culprit)
     assert not (tmp_path / "out").exists()
 
 
-def test_strange_places(say, tmp_path):
+def test_fault_26_strange_places(say, tmp_path):
     """A file, a link, a device or a place that cannot be written is refused and left alone."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "real").mkdir()

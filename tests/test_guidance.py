@@ -35,7 +35,7 @@ def meaning(kind, network, x, t, context, schedule):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_guidance_1_is_the_conditional_model(kind):
+def test_fault_30_guidance_1_is_the_conditional_model(kind):
     "At guidance 1 the network is called once, with the batch as it is, and the empty prompt is not even read"
     x, t, context, _ = inputs()
     network, schedule = Network(), NoiseSchedule()
@@ -138,7 +138,7 @@ def test_rescale_without_deviation():
     assert rescale_deviation(torch.ones(2, 1), torch.ones(2, 1), 1.0).isfinite().all()  # one value: no deviation
 
 
-def test_interval_asks_once_and_only_inside():
+def test_fault_30_interval_asks_once_and_only_inside():
     "Outside (low, high] one row a picture and the prompt as it is; inside two rows; at guidance 1 always one"
     (x, _, context, uncond), schedule, network = inputs(), NoiseSchedule(), Network()
     sigma = ((1 - schedule.abar64) / schedule.abar64).sqrt()

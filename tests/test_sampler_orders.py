@@ -40,7 +40,7 @@ def right():
 
 
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)])
-def test_order_of_convergence(name, order, right):
+def test_fault_30_order_of_convergence(name, order, right):
     "Twice the steps, 2**order times less error at level 0, in steps even in log-SNR; UniPC-2 is of third order"
     errors = []
     for n in (40, 80, 160):
