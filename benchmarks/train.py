@@ -70,7 +70,6 @@ class Benchmark:
     rounds: int = 5  # timed steps of each
     threads: int = 2
     channels_last: bool = False  # our switch, which the script has not
-    compile: bool = False  # both
     out: str | None = None  # JSON file for the rows
     anyway: bool = False  # run although the machine has other work
 
@@ -80,7 +79,7 @@ def config_of(args, run):
     return replace(
         PRESETS[args.preset], run=run, data=few_shards(run / "data", args.pictures), size=args.size, precision="float32",
         prediction="eps", gamma=None, zero_snr=False, drop_text=0.0, warmup=1, sample_every=NEVER, save_every=NEVER,
-        channels_last=args.channels_last, compile=args.compile, recipes=dict(unet=Recipe(NEVER, args.batch, 1e-4, 1.0)))
+        channels_last=args.channels_last, recipes=dict(unet=Recipe(NEVER, args.batch, 1e-4, 1.0)))
 
 
 def write_model(config):
@@ -95,7 +94,7 @@ def write_model(config):
 
 class Theirs:
     "The script's step; latents and text vectors are computed in each, or taken from where ours has them"
-    def __init__(self, stage, config, compile):
+    def __init__(self, stage, config):
         home = config.run / "model"
         self.unet = UNet2DConditionModel.from_pretrained(home, subfolder="unet").train()
         self.vae = AutoencoderKL.from_pretrained(home, subfolder="vae").requires_grad_(False)
@@ -110,7 +109,6 @@ class Theirs:
         self.config, self.step, self.encodes_pictures, self.encodes_captions = config, 0, False, False
         self.moments, self.tokens, self.pixels = stage.latents, stage.tokens, splits(packed_pixels(config, ALONE))[0]
         self.words = torch.cat([stage.text_encoder(tokens[None]) for tokens in stage.tokens])
-        self.net = torch.compile(self.unet) if compile else self.unet
 
     @torch.no_grad()
     def posterior(self, rows):
@@ -132,7 +130,7 @@ class Theirs:
 
     def learn(self, latents, noise, t, context):
         "Loss, gradient, update and average; returns the loss"
-        answer = self.net(self.scheduler.add_noise(latents, noise, t), t, context).sample
+        answer = self.unet(self.scheduler.add_noise(latents, noise, t), t, context).sample
         loss = F.mse_loss(answer.float(), noise.float())
         told = loss.item()
         loss.backward()
@@ -200,7 +198,7 @@ def rows(args, run):
     network = write_model(config)
     stage = UNetStage(config, ALONE)
     stage.model.load_state_dict(network.state_dict())
-    ours, theirs = loop.Trainer(stage, config, ALONE), Theirs(stage, config, args.compile)
+    ours, theirs = loop.Trainer(stage, config, ALONE), Theirs(stage, config)
     difference = compare(ours, theirs)
     ours.prepare()
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere): bar = ours.progress()
@@ -225,7 +223,7 @@ def main(args):
             if row["row"] == "overhead": print("{row:32} {overhead:.2%} of a step of {seconds:.3f} s, {clipping:.2%} of it clipping".format(**row), flush=True)
             else: print(line.format(**row, a=args.batch / row["ours"], b=args.batch / row["theirs"]), flush=True)
     if args.out:
-        save(args.out, table, preset=args.preset, size=args.size, channels_last=args.channels_last, compile=args.compile)
+        save(args.out, table, preset=args.preset, size=args.size, channels_last=args.channels_last)
 
 
 if __name__ == "__main__":
