@@ -48,7 +48,7 @@ class Config:
     run: Path = Path("runs/sd1")  # run directory; the same command on the same directory resumes
     config: Path | None = None  # YAML or JSON file of settings, such as another run's config.json; flags win
     allow_changes: bool = False  # may settings differ from those that the stored run was trained with?
-    data: Path | None = None  # folder of WebDataset shards; default: the emoji that the package carries
+    data: Path | None = None  # shards, a cleaned data set, or latents (`sd-nb data`); default: the emoji that the package carries
     stage: Literal["autoencoder", "clip", "unet"] = "unet"  # network to train, after those that it needs and lacks
     steps: int | None = None  # optimiser steps of the stage; default: its recipe
     minutes: float | None = None  # stop after this many minutes of training, all stages together

@@ -179,6 +179,8 @@ def test_the_noise_scale_is_the_true_one(w):
     for k in (2, 10): assert noise_scale(3.0 + 60 / 8, 3.0 + 60 / (8 * k), 8, k) == pytest.approx(20)
     assert noise_scale(1.0, 0.1, 8, 10) == float("inf")
     assert [check_noise_scale(s, 16).mark for s in (1.0, 16.0, 1000.0, float("inf"))] == ["note", "ok", "note", "note"]
+    drowned = check_noise_scale(float("inf"), 16).reason
+    assert "noise hides the signal" in drowned and "about inf" not in drowned
 
 
 def test_the_band_is_that_of_the_preset():

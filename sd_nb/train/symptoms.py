@@ -209,7 +209,8 @@ def check_noise_scale(
     batch: int,  # pictures of a training step
 ) -> Verdict:
     "Compare the batch with the gradient-noise scale"
-    said = f"noise and signal of the gradient are equal at about {scale:,.0f} pictures; the batch is {batch}"
+    hidden = f"noise hides the signal of the gradient in batches of {batch}"
+    said = hidden if scale == float("inf") else f"noise and signal of the gradient are equal at about {scale:,.0f} pictures; the batch is {batch}"
     if scale > 10 * batch: return Verdict("note", "batch", said, "a larger --batch makes each step surer")
     if scale < batch / 10: return Verdict("note", "batch", said, "a smaller --batch would learn as much in each step")
     return Verdict("ok", "batch", said)
