@@ -25,7 +25,7 @@ from ..model.tokenizer import Tokenizer
 from ..pipeline import StableDiffusion, make_schedule
 from .adapters import Adapters, save_lora
 from .denoising import DenoisingLoss, draw_levels, draw_noise
-from .material import keys_of, packed_latents, packed_pixels, splits
+from .material import choose_captions, keys_of, packed_latents, packed_pixels, splits
 from .parallel import World, gather_with_grad
 from .step import Draws
 from .watch import hold_out
@@ -127,7 +127,6 @@ class CLIPStage:
         self.pixels, self.held_out = splits(packed_pixels(config, world))
         self.count, text = len(self.pixels), config.clip.text
         self.tokenizer = Tokenizer.train(self.pixels.captions, text.vocab, text.window)
-        self.tokens = self.tokenizer(self.pixels.captions)  # (n, window)
         torch.manual_seed(config.seed)
         self.model = CLIP(config.clip)
         self.net = CLIPLoss(self.model)
@@ -136,7 +135,7 @@ class CLIPStage:
 
     def batch(self, rows: np.ndarray, draws: Draws) -> tuple:
         "Return pictures and the tokens of their captions"
-        return to_float(self.pixels[rows]), self.tokens[rows]
+        return to_float(self.pixels[rows]), self.tokenizer(choose_captions(self.pixels, rows, draws.uniform()))
 
     @torch.no_grad()
     def preview(self, path: Path):
@@ -167,7 +166,7 @@ class UNetStage:
         self.tokenizer = Tokenizer.from_pretrained(parts / "tokenizer")
         self.latents, kept = splits(packed_latents(config, world, self.autoencoder))
         self.count = len(self.latents)
-        self.tokens, self.empty = self.tokenizer(self.latents.captions), self.tokenizer("")
+        self.empty = self.tokenizer("")
         torch.manual_seed(config.seed)
         self.unet = self.model = config.family.network(config.unet)
         noise = dict(prediction=config.prediction, zero_snr=config.zero_snr)
@@ -197,7 +196,8 @@ def batch(self: UNetStage, rows: np.ndarray, draws: Draws) -> tuple:
     noise = draw_noise(draws, shape, self.config.offset_noise)
     t = draw_levels(draws, self.net.schedule.T, self.config.timesteps)
     dropped = draws.uniform() < self.config.drop_text
-    tokens = torch.where(dropped[:, None], self.empty, self.tokens[rows])
+    tokens = self.tokenizer(choose_captions(self.latents, rows, draws.uniform()))
+    tokens = torch.where(dropped[:, None], self.empty, tokens)
     return x0, noise, t, self.text_encoder(tokens.to(self.device))
 
 
